@@ -1,0 +1,17 @@
+"""s3lab: structured sparsity as an algebra, and every pruning solver on all of it."""
+
+from s3lab.algebra.layout import Layout
+from s3lab.algebra.partition import Partition
+from s3lab.algebra.patterns import PATTERNS, parse
+from s3lab.algebra.spec import Block, Scope, Spec, View
+from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
+from s3lab.solvers import OBD, SOBS, SOLVERS, Magnitude, Refit, Solution, SparseGPT, Wanda, prune
+from s3lab.tensors.hessian import Moment, hessian, output_error
+from s3lab.tensors.problem import Problem
+
+__all__ = [
+    "OBD", "PATTERNS", "SOBS", "SOLVERS", "Block", "DataError", "Layout", "Magnitude", "Moment", "Partition", "Problem",
+    "Refit", "S3Error", "Scope", "ShapeError", "Solution", "SolveError", "SparseGPT", "Spec", "SpecError", "View", "Wanda",
+    "hessian", "output_error", "parse", "prune",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,127 @@
+"""The canonical form: a spec on a shape, as one layout of three modes, and what it does to tensors.
+
+Everything here is said in the methods of the tensors that come in, so that the algebra needs no tensor library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb, lgamma, log, prod
+from typing import TYPE_CHECKING
+
+from s3lab.algebra.layout import Layout
+from s3lab.errors import ShapeError, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A spec on a weight (M, K): ``layout`` maps (scope, block, element) to the offset in the row-major weight.
+
+    S scopes of B blocks of E elements, S·B·E = M·K; each scope keeps ``keep`` of its B blocks.  Made by
+    `Spec.bind`, which checks that the layout is a bijection.
+    """
+
+    text: str
+    shape: tuple[int, int]
+    layout: Layout
+    keep: int
+
+    @property
+    def S(self) -> int:
+        """Number of scopes."""
+        return self.layout[0].size
+
+    @property
+    def B(self) -> int:
+        """Number of blocks in a scope."""
+        return self.layout[1].size
+
+    @property
+    def E(self) -> int:
+        """Number of elements in a block."""
+        return self.layout[2].size
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that is kept."""
+        return self.keep / self.B
+
+    @property
+    def storage_bits(self) -> float:
+        """Bits per weight that an index of the mask takes: ⌈log2 C(B, keep)⌉ a scope (arXiv 2507.03052)."""
+        if self.B <= 4096:
+            return (comb(self.B, self.keep) - 1).bit_length() / (self.B * self.E)
+        nats = lgamma(self.B + 1) - lgamma(self.keep + 1) - lgamma(self.B - self.keep + 1)
+        return nats / log(2) / (self.B * self.E)
+
+    @property
+    def mask_count(self) -> int:
+        """Number of masks that satisfy the spec, C(B, keep)^S, exactly."""
+        return comb(self.B, self.keep) ** self.S
+
+    def blocks(self, W: Tensor) -> Tensor:
+        """Return W (M, K) as (S, B, E): a view of its storage where the strides allow, else a copy.
+
+        Raises ShapeError if W has another shape than the partition.
+        """
+        self._expect(W)
+        pairs = self.layout.flat
+        strided = W.contiguous().as_strided([n for n, _ in pairs], [d for _, d in pairs])
+        return strided.reshape(self.S, self.B, self.E)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Return the weight-shaped (M, K) tensor whose blocks are ``values``: (S, B, E), or (S, B) for whole blocks.
+
+        The inverse of `blocks`.  Raises ShapeError on any other shape.
+        """
+        if values.shape == (self.S, self.B):
+            values = values.unsqueeze(-1).expand(self.S, self.B, self.E)
+        if values.shape != (self.S, self.B, self.E):
+            raise ShapeError(
+                f"values of shape {tuple(values.shape)} are no blocks of {self.text} on {self.shape}: expected "
+                f"({self.S}, {self.B}) or ({self.S}, {self.B}, {self.E})"
+            )
+        pairs = self.layout.flat
+        extents = [n for n, _ in pairs]
+        out = values.new_empty(prod(self.shape))
+        out.as_strided(extents, [d for _, d in pairs]).copy_(values.reshape(extents))
+        return out.view(self.shape)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return which blocks are kept, bool (S, B): the ``keep`` highest of each scope, of equals the first ones.
+
+        Raises ShapeError unless the scores are (S, B) and free of NaN.
+        """
+        if scores.shape != (self.S, self.B):
+            raise ShapeError(f"scores of shape {tuple(scores.shape)} for {self.S} scopes of {self.B} blocks")
+        if scores.isnan().any():
+            raise ShapeError(f"the scores of {self.text} on {self.shape} hold NaN: clean the weight or the Hessian")
+        first = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.keep]
+        return scores.new_zeros(scores.shape).bool().scatter_(1, first, True)
+
+    def project(self, scores: Tensor) -> Tensor:
+        """Return the mask (M, K), True = kept, of the blocks with the highest sums of element scores (M, K)."""
+        return self.scatter(self.choose(self.blocks(scores).sum(-1)))
+
+    def check(self, mask: Tensor) -> None:
+        """Raise SpecError, naming the first scope at fault, unless the bool mask (M, K) satisfies the spec."""
+        kept = self.blocks(mask != 0).long().sum(-1)
+        partial = ((kept > 0) & (kept < self.E)).any(1)
+        count = (kept == self.E).sum(1)
+        wrong = partial | (count != self.keep)
+        if wrong.any():
+            scope = int(wrong.long().argmax())
+            row, column = divmod(self.layout(scope, 0, 0), self.shape[1])
+            fault = (
+                "cuts a block in two" if partial[scope] else f"keeps {int(count[scope])} of {self.B} blocks, not {self.keep}"
+            )
+            raise SpecError(
+                f"the mask breaks {self.text} on {self.shape} at scope {scope} (from row {row}, column {column}): it {fault}"
+            )
+
+    def _expect(self, W: Tensor) -> None:
+        if tuple(W.shape) != self.shape:
+            raise ShapeError(f"a tensor of shape {tuple(W.shape)} where {self.text} is bound to {self.shape}")

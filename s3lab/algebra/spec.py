@@ -1,0 +1,216 @@
+"""View, Block, Scope and the Spec they make: a pattern of structured sparsity, before any shape is known.
+
+Source: A. Ghriss, *S³: Structured Sparsity Specification*, arXiv 2604.11315.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from s3lab.algebra import text
+from s3lab.algebra.layout import Layout
+from s3lab.algebra.partition import Partition
+from s3lab.algebra.text import Keep, Parts, Size, Sizes
+from s3lab.errors import ShapeError, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _sizes(values: object, what: str) -> Sizes:
+    if not isinstance(values, tuple | list) or not values:
+        raise SpecError(f"{what} {values!r} is no group of sizes: give a tuple such as (1, 'K/16')")
+    return tuple(_sizes(v, what) if isinstance(v, tuple | list) else Size.of(v) for v in values)
+
+
+def _bind(sizes: Sizes, M: int, K: int) -> tuple:
+    return tuple(s.on(M, K) if isinstance(s, Size) else _bind(s, M, K) for s in sizes)
+
+
+def _profile(sizes: Sizes) -> tuple:
+    return tuple(() if isinstance(s, Size) else _profile(s) for s in sizes)
+
+
+@dataclass(frozen=True)
+class View:
+    """A layout, shape : stride in sizes, that says in which order a weight (M, K) is looked at.
+
+    Shape and stride are tuples of integers and of text in ``M`` and ``K``, nested alike; the default is the
+    matrix itself, ``(M,K):(K,1)``.  Raises SpecError where they are not nested alike.
+
+    >>> str(View(("M", "K/16", 8, 2), ("K", 16, 1, 8)))
+    '(M,K/16,8,2):(K,16,1,8)'
+    """
+
+    shape: Sizes = text.IDENTITY[0]
+    stride: Sizes = text.IDENTITY[1]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", _sizes(self.shape, "the view's shape"))
+        object.__setattr__(self, "stride", _sizes(self.stride, "the view's stride"))
+        if _profile(self.shape) != _profile(self.stride):
+            raise SpecError(f"the view {self} has a shape and a stride that are not nested alike")
+
+    def on(self, M: int, K: int) -> Layout:
+        """Return the layout on a weight (M, K); SpecError unless it reaches each of the M·K weights just once."""
+        layout = Layout(_bind(self.shape, M, K), _bind(self.stride, M, K))
+        if layout.size != M * K:
+            raise SpecError(
+                f"the view {self} holds {layout.size} elements on a weight ({M}, {K}) of {M * K}: its shape must "
+                f"multiply to M*K"
+            )
+        if not layout.is_bijective:
+            raise SpecError(
+                f"the view {self}, {layout} on a weight ({M}, {K}), overlaps or leaves gaps: its offsets must be "
+                f"0 to {M * K - 1}, each once"
+            )
+        return layout
+
+    def __str__(self) -> str:
+        return f"{text.write_sizes(self.shape)}:{text.write_sizes(self.stride)}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The atom of pruning, kept or pruned whole: its extent along each mode of the view.
+
+    >>> str(Block((1, 1, 1, 2)))
+    '(1,1,1,2)'
+    """
+
+    shape: Sizes = (text.ONE, text.ONE)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", _sizes(self.shape, "the block"))
+
+    def __str__(self) -> str:
+        return text.write_sizes(self.shape)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The blocks that compete: how many along each mode of the grid of blocks, and how many of them are kept.
+
+    ``keep`` is a count (int), or a share above 0 and below 1 (Fraction or float) of the scope's blocks, rounded
+    to the nearest count, halves up.
+
+    >>> str(Scope((1, 4), keep=2)), str(Scope(("M", "K"), keep=0.5))
+    ('(1,4) keep 2', '(M,K) keep 50%')
+    """
+
+    shape: Sizes
+    keep: Keep = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", _sizes(self.shape, "the scope"))
+        keep = Fraction(str(self.keep)) if isinstance(self.keep, float) else self.keep
+        counted = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+        shared = isinstance(keep, Fraction) and 0 < keep < 1
+        if not (counted or shared):
+            raise SpecError(
+                f"keep {self.keep!r} is no budget: give a count of blocks, at least 1, or a share above 0 and below 1"
+            )
+        object.__setattr__(self, "keep", keep)
+
+    def count(self, blocks: int) -> int:
+        """Return how many of a scope's blocks are kept; SpecError where there are none or not so many."""
+        keep = self.keep if isinstance(self.keep, int) else int(self.keep * blocks + Fraction(1, 2))
+        if not 1 <= keep <= blocks:
+            raise SpecError(
+                f"keep {text.write_keep(self.keep)} is {keep} of the {blocks} blocks of a scope {text.write_sizes(self.shape)}:"
+                f" a budget lies between 1 and {blocks}"
+            )
+        return keep
+
+    def __str__(self) -> str:
+        return f"{text.write_sizes(self.shape)} keep {text.write_keep(self.keep)}"
+
+
+@dataclass(frozen=True, repr=False)
+class Spec:
+    """A pattern of structured sparsity: a view, cut into blocks, that compete in scopes.
+
+    Immutable and hashable; ``str(spec)`` is its shortest text and ``Spec.parse`` reads it back.  The modes of block
+    and scope are those of the view: SpecError where their numbers differ.
+
+    >>> Spec.parse("2:4") == Spec(View(), Block((1, 1)), Scope((1, 4), keep=2))
+    True
+    >>> Spec.parse("2:4@1x2").bind((8, 32)).layout
+    Layout('((8,4),(1,4),(1,2)):((32,8),(0,2),(0,1))')
+    """
+
+    view: View
+    block: Block
+    scope: Scope
+
+    def __post_init__(self) -> None:
+        modes = len(self.view.shape)
+        for part in (self.block, self.scope):
+            if len(part.shape) != modes:
+                raise SpecError(
+                    f"the {type(part).__name__.lower()} {text.write_sizes(part.shape)} has {len(part.shape)} modes and "
+                    f"the view {self.view} has {modes}: give one extent per mode"
+                )
+            if any(not isinstance(size, Size) for size in part.shape):
+                raise SpecError(
+                    f"the {type(part).__name__.lower()} {text.write_sizes(part.shape)} is nested: give one extent per mode"
+                )
+
+    @classmethod
+    def parse(cls, spec: str) -> Spec:
+        """Read a spec from its text; SpecError with a caret under what could not be read."""
+        parts = text.read(spec)
+        return cls(View(parts.shape, parts.stride), Block(parts.block), Scope(parts.scope, keep=parts.keep))
+
+    @property
+    def keep(self) -> Keep:
+        """The budget of a scope: a count of blocks, or a share."""
+        return self.scope.keep
+
+    def bind(self, shape: tuple[int, int]) -> Partition:
+        """Return the canonical layout on a weight of ``shape`` (M, K).
+
+        Raises ShapeError unless the shape is two positive integers, SpecError where the view does not cover the
+        weight or a mode is not divided exactly.
+        """
+        shape = tuple(shape)
+        if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape):
+            raise ShapeError(f"a spec binds to a weight (M, K) of two positive extents, not to {shape}")
+        return _bind_spec(self, shape)
+
+    def check(self, mask: Tensor) -> None:
+        """Raise SpecError, naming the first scope at fault, unless ``mask`` (M, K) keeps what this spec asks for."""
+        self.bind(tuple(mask.shape)).check(mask)
+
+    def __str__(self) -> str:
+        return text.write(Parts(self.view.shape, self.view.stride, self.block.shape, self.scope.shape, self.keep))
+
+    def __repr__(self) -> str:
+        return f"Spec({str(self)!r})"
+
+
+@lru_cache(maxsize=256)
+def _bind_spec(spec: Spec, shape: tuple[int, int]) -> Partition:
+    view = spec.view.on(*shape)
+    grid, block = _divide(spec, view, "block", _bind(spec.block.shape, *shape))
+    scopes, blocks = _divide(spec, grid, "scope", _bind(spec.scope.shape, *shape))
+    layout = Layout.of(scopes, blocks, block)
+    return Partition(str(spec), shape, layout, spec.scope.count(layout[1].size))
+
+
+def _divide(spec: Spec, layout: Layout, what: str, extents: tuple[int, ...]) -> tuple[Layout, Layout]:
+    """Cut each mode of a layout, exactly, and return the modes of the rest and of the tile."""
+    units = "elements" if what == "block" else "blocks"
+    for mode, extent in enumerate(extents):
+        size = layout[mode].size
+        if extent > size or size % extent:
+            divisors = [n for n in range(1, size + 1) if size % n == 0]
+            raise SpecError(
+                f"the {what} of {spec} takes {extent} of the {size} {units} along mode {mode} of the view and leaves "
+                f"a remainder: use a divisor of {size}, such as {max(n for n in divisors if n <= extent)}"
+            )
+    divided = layout.zipped_divide(extents)
+    return divided[0], divided[1]

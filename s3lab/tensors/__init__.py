@@ -1,0 +1,1 @@
+"""Second moments and layer problems, in torch."""

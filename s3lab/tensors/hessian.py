@@ -1,0 +1,93 @@
+"""The second moment of a layer's inputs, streamed, and the error it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from s3lab.errors import ShapeError
+from s3lab.shapes import Float
+
+_CHUNK = 16384  # tokens turned to float32 at a time, so that half-precision inputs are never copied whole
+
+
+class Moment:
+    """Running second moment XᵀX / T of batches of inputs.
+
+    Products are taken in float32 (float64 for float64 inputs) and summed in float64, on the device of the first
+    batch.  Cost: 2·T·K² operations and one K×K matrix.
+
+    >>> moment = Moment()
+    >>> for batch in torch.eye(2), torch.ones(2, 2):
+    ...     moment.add(batch)
+    >>> moment.tokens, moment.value().tolist()
+    (4, [[0.75, 0.5], [0.5, 0.75]])
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sum: Tensor | None = None
+
+    def add(self, X: Float[Tensor, "... K"]) -> None:
+        """Add a batch of tokens; ShapeError if it is not real, not finite, or of another width than the others."""
+        if X.ndim < 2 or not X.is_floating_point():
+            raise ShapeError(
+                f"a batch of shape {tuple(X.shape)} and {X.dtype} is no batch of inputs: expected real (..., tokens, K)"
+            )
+        X = X.detach().flatten(0, -2)
+        if X.shape[1] == 0:
+            raise ShapeError("a batch of inputs with K = 0: a layer has at least one input")
+        if self._sum is None:
+            self._sum = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
+        if X.shape[1] != len(self._sum):
+            raise ShapeError(f"a batch of K = {X.shape[1]} inputs after batches of K = {len(self._sum)}")
+        for chunk in X.split(_CHUNK):
+            chunk = chunk if chunk.dtype == torch.float64 else chunk.float()
+            if not chunk.isfinite().all():
+                raise ShapeError("the inputs X hold NaN or Inf: drop those tokens or compute them in float32")
+            self._sum += (chunk.T @ chunk).to(self._sum)
+        self.tokens += len(X)
+
+    def value(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "K K"]:
+        """Return XᵀX / T; ShapeError if no token has been added."""
+        if self._sum is None or self.tokens == 0:
+            raise ShapeError("no tokens: a second moment needs at least one input vector")
+        return (self._sum / self.tokens).to(dtype)
+
+
+def hessian(X: Float[Tensor, "... K"] | Iterable[Tensor]) -> Float[Tensor, "K K"]:
+    """Return H = XᵀX / T of inputs X (T, K), or of an iterable of such batches, which is never held at once.
+
+    H is, up to a factor 2, the Hessian of the layer's squared output error with respect to each row of its weight.
+    Raises ShapeError for no tokens, NaN or Inf, or batches of different widths.
+
+    >>> hessian(torch.tensor([[3.0, 4.0]])).tolist()
+    [[9.0, 12.0], [12.0, 16.0]]
+    """
+    moment = Moment()
+    for batch in (X,) if isinstance(X, Tensor) else X:
+        moment.add(batch)
+    return moment.value()
+
+
+def output_error(W_hat: Float[Tensor, "M K"], W: Float[Tensor, "M K"], H: Float[Tensor, "K K"]) -> float:
+    """Return the relative output error ‖X(Ŵ−W)ᵀ‖_F / ‖XWᵀ‖_F = √(tr ΔHΔᵀ / tr WHWᵀ), a share and not a percentage.
+
+    The papers' measure (arXiv 2604.11315, Table 1), in float64, with the H of `hessian`, undamped.  Raises
+    ShapeError where the shapes do not fit.  Cost: 4·M·K² operations.
+
+    >>> W = torch.tensor([[3.0, 4.0]])
+    >>> output_error(torch.tensor([[0.0, 4.0]]), W, torch.eye(2))
+    0.6
+    """
+    if W_hat.shape != W.shape or W.ndim != 2 or H.shape != (W.shape[1], W.shape[1]):
+        raise ShapeError(
+            f"Ŵ {tuple(W_hat.shape)}, W {tuple(W.shape)} and H {tuple(H.shape)} do not fit: expected (M, K) twice and (K, K)"
+        )
+    H = H.double()
+    W, change = W.detach().double(), (W_hat.detach().double() - W.detach().double())
+    lost = float(((change @ H) * change).sum().clamp(min=0))
+    return sqrt(lost / float(((W @ H) * W).sum())) if lost else 0.0

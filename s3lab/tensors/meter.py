@@ -1,0 +1,81 @@
+"""What a piece of work costs: wall time, and peak memory above what was in use when it began."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_MIB = 2**20
+
+
+class Meter:
+    """Context manager that measures ``time_s`` and ``mem_mib`` of the work inside, on one device.
+
+    On CUDA the memory is that of torch's allocator.  On a CPU it is the resident set's high-water mark, which Linux
+    lets a process reset; elsewhere ``mem_mib`` is None.
+
+    >>> with Meter("cpu") as meter:
+    ...     total = sum(range(10))
+    >>> meter.time_s >= 0
+    True
+    """
+
+    time_s: float = float("nan")
+    mem_mib: float | None = None
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+
+    def __enter__(self) -> Meter:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._base = torch.cuda.memory_allocated(self.device)
+        else:
+            self._base = _reset_resident_peak()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.time_s = time.perf_counter() - self._start
+            self.mem_mib = (torch.cuda.max_memory_allocated(self.device) - self._base) / _MIB
+            return
+        self.time_s = time.perf_counter() - self._start
+        peak = _resident("VmHWM")
+        if self._base is not None and peak is not None:
+            self.mem_mib = max(0.0, (peak - self._base) / _MIB)
+
+
+def _reset_resident_peak() -> int | None:
+    """Set the high-water mark to what is resident now and return that, in bytes; None where it cannot be set."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def _resident(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be taken on a device; 4 GiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 4 * 2**30
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

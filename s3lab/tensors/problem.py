@@ -1,0 +1,161 @@
+"""One layer to prune: a weight and the second moment of its inputs, checked once, factorised once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from s3lab.errors import ShapeError, SolveError
+from s3lab.shapes import Bool, Float
+from s3lab.tensors.hessian import output_error
+
+_SYMMETRY = 1e-4  # of the largest entry: float32 products of the same X differ by less
+_PIVOT = 1e-10  # of its diagonal: below, an input is a sum of others to what float32 can tell
+_LARGEST_DAMP = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """min tr (Ŵ−W) H (Ŵ−W)ᵀ over the pruned Ŵ: weight (M, K), second moment H (K, K) and, if given, a held-out one.
+
+    ``damp`` is added to the diagonal as a fraction of its mean over live inputs.  If the factorisation still fails,
+    it is raised tenfold, step by step, and ``damping`` says to what.  Inputs with a zero diagonal are dead: their
+    weights count as zero.  The work is done in float64 for a float64 weight and in float32 otherwise; factorisations
+    are in float64.
+
+    Raises ShapeError for a weight that is no finite real matrix, and for an H that is not finite, square, symmetric
+    and of the weight's K; SolveError if H is needed and missing, or no damping makes it positive definite.
+
+    >>> problem = Problem(torch.ones(1, 2), torch.tensor([[2.0, 0.0], [0.0, 0.0]]), damp=0.0)
+    >>> problem.weight.tolist(), problem.inverse.tolist()
+    ([[1.0, 0.0]], [[0.5, 0.0], [0.0, 0.5]])
+    """
+
+    W: Float[Tensor, "M K"]
+    H: Float[Tensor, "K K"] | None = None
+    H_test: Float[Tensor, "K K"] | None = None
+    damp: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if self.W.ndim != 2 or not self.W.is_floating_point() or self.W.numel() == 0:
+            raise ShapeError(
+                f"a weight of shape {tuple(self.W.shape)} and {self.W.dtype}: expected a real matrix (outputs, inputs)"
+            )
+        if not self.W.isfinite().all():
+            raise ShapeError("the weight W holds NaN or Inf: it cannot be pruned")
+        for name, H in (("H", self.H), ("H_test", self.H_test)):
+            if H is not None:
+                _check_moment(name, H, self.W)
+        if not self.damp >= 0:
+            raise SolveError(f"damp = {self.damp}: the damping is a fraction of the mean diagonal, at least 0")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, K)."""
+        return self.W.shape[0], self.W.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the work is done in."""
+        return torch.float64 if self.W.dtype == torch.float64 else torch.float32
+
+    @cached_property
+    def dead(self) -> Bool[Tensor, "K"]:
+        """Inputs that were never anything but zero."""
+        if self.H is None:
+            return torch.zeros(self.shape[1], dtype=torch.bool, device=self.W.device)
+        return self.H.diagonal() == 0
+
+    @cached_property
+    def weight(self) -> Float[Tensor, "M K"]:
+        """The weight in the working dtype, contiguous, zero on dead inputs."""
+        return self.W.detach().to(self.dtype).masked_fill(self.dead, 0).contiguous()
+
+    @cached_property
+    def damping(self) -> float:
+        """The damping in use, as a fraction of the mean diagonal: ``damp``, or what the factorisation needed."""
+        return self._factored[0]
+
+    @cached_property
+    def hessian(self) -> Float[Tensor, "K K"]:
+        """The damped H in the working dtype."""
+        return self._damped(self.damping).to(self.dtype)
+
+    @cached_property
+    def inverse(self) -> Float[Tensor, "K K"]:
+        """The inverse of the damped H in the working dtype."""
+        return torch.cholesky_inverse(self._factored[1]).to(self.dtype)
+
+    def inverse_factor(self, order: Tensor) -> Float[Tensor, "K K"]:
+        """Return the upper U with H⁻¹ = UᵀU, its inputs in the given order, in the working dtype.
+
+        From H = RRᵀ with R upper, U = R⁻¹: no inverse of H is formed.
+        """
+        H = self._damped(self.damping)[order][:, order].flip(0, 1)
+        lower = torch.linalg.cholesky(H)
+        eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).to(self.dtype)
+
+    def error(self, W_hat: Float[Tensor, "M K"]) -> float:
+        """Return the relative output error on H, undamped."""
+        return output_error(W_hat, self.W, self.moment)
+
+    def error_test(self, W_hat: Float[Tensor, "M K"]) -> float | None:
+        """Return the relative output error on the held-out moment, None where there is none."""
+        return None if self.H_test is None else output_error(W_hat, self.W, self.H_test)
+
+    def damped_more(self) -> Problem:
+        """Return this problem at ten times the damping; SolveError where it is beyond all reason."""
+        return replace(self, damp=_raise_damping(self.damping))
+
+    @property
+    def moment(self) -> Tensor:
+        if self.H is None:
+            raise SolveError("this solver or measure needs the second moment H of the layer's inputs: pass s3lab.hessian(X)")
+        return self.H
+
+    @cached_property
+    def _factored(self) -> tuple[float, Tensor]:
+        """The damping that worked and the lower factor of the damped H, float64."""
+        damp = self.damp
+        while True:
+            H = self._damped(damp)
+            factor, failed = torch.linalg.cholesky_ex(H)
+            if not failed and bool((factor.diagonal() ** 2 >= _PIVOT * H.diagonal()).all()):
+                return damp, factor
+            damp = _raise_damping(damp)
+
+    def _damped(self, damp: float) -> Tensor:
+        H = self.moment.double().clone()
+        diagonal = H.diagonal()
+        live = diagonal[~self.dead]
+        mean = float(live.mean()) if len(live) else 1.0
+        diagonal.masked_fill_(self.dead, mean)
+        diagonal += damp * mean
+        return H
+
+
+def _raise_damping(damp: float) -> float:
+    if damp >= _LARGEST_DAMP:
+        raise SolveError(
+            f"H is not positive definite even at damp = {damp:g}: it is no second moment of real inputs; make it with "
+            "s3lab.hessian"
+        )
+    return min(max(10 * damp, 1e-6), _LARGEST_DAMP)
+
+
+def _check_moment(name: str, H: Tensor, W: Tensor) -> None:
+    K = W.shape[1]
+    if H.shape != (K, K) or not H.is_floating_point():
+        raise ShapeError(f"{name} of shape {tuple(H.shape)} and {H.dtype} for a weight of K = {K} inputs: expected real ({K}, {K})")
+    if H.device != W.device:
+        raise ShapeError(f"{name} is on {H.device} and W on {W.device}: move one to the other")
+    if not H.isfinite().all():
+        raise ShapeError(f"{name} holds NaN or Inf: compute it with s3lab.hessian from finite inputs")
+    if float((H - H.T).abs().max()) > _SYMMETRY * float(H.abs().max()):
+        raise ShapeError(f"{name} is not symmetric: expected XᵀX / T, as s3lab.hessian makes it")
+    if bool((H.diagonal() < 0).any()):
+        raise ShapeError(f"{name} has a negative diagonal: expected XᵀX / T, as s3lab.hessian makes it")

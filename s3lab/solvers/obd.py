@@ -1,0 +1,22 @@
+"""Optimal Brain Damage: the loss that a weight's removal costs if nothing else moves and inputs are uncorrelated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from s3lab.solvers.base import ScoreSolver
+from s3lab.tensors.problem import Problem
+
+
+@dataclass(frozen=True)
+class OBD(ScoreSolver):
+    """Keep the blocks of the largest Σ ½ h_jj w_ij² with the diagonal of the damped H.  Cost: M·K.
+
+    Source: LeCun, Denker, Solla, *Optimal Brain Damage*, 1989, equation 5.  On single weights in scopes of one row
+    the order is Wanda's but for the damping; on larger blocks Wanda adds the roots.
+    """
+
+    def score(self, problem: Problem) -> Tensor:
+        return 0.5 * problem.weight**2 * problem.hessian.diagonal()

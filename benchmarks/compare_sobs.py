@@ -66,11 +66,24 @@ def main() -> None:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     facts = {
-        "M": args.M, "K": args.K, "damp": args.damp, "repeats": args.repeats, "threads": torch.get_num_threads(),
-        "device": platform.machine(), "torch": torch.__version__, "sparsekit": version("sparsekit"), "commit": commit,
+        "M": args.M,
+        "K": args.K,
+        "damp": args.damp,
+        "repeats": args.repeats,
+        "threads": torch.get_num_threads(),
+        "device": platform.machine(),
+        "torch": torch.__version__,
+        "sparsekit": version("sparsekit"),
+        "commit": commit,
     }
     rows = [
-        {"method": name, "error": errors[name], "time_s": median(times[name]), "mem_mib": median(memory[name]), **facts}
+        {
+            "method": name,
+            "error": errors[name],
+            "time_s": median(times[name]),
+            "mem_mib": median(memory[name]),
+            **facts,
+        }
         for name in methods
     ]
     RESULTS.parent.mkdir(exist_ok=True)
@@ -83,10 +96,11 @@ def main() -> None:
     theirs = rows[0]
     for row in rows:
         ratios = (
-            f"error × {row['error'] / theirs['error']:.4f}, {theirs['time_s'] / row['time_s']:5.2f} times as fast, "
+            f"error × {row['error'] / theirs['error']:.4f}, {theirs['time_s'] / row['time_s']:.2f} times as fast, "
             f"memory × {row['mem_mib'] / theirs['mem_mib']:.3f}"
         )
-        print(f"{row['method']:>24}: error {row['error']:.5f}, {row['time_s']:6.2f} s, {row['mem_mib']:5.0f} MiB | {ratios}")
+        figures = f"error {row['error']:.5f}, {row['time_s']:6.2f} s, {row['mem_mib']:5.0f} MiB"
+        print(f"{row['method']:>24}: {figures} | {ratios}")
 
 
 if __name__ == "__main__":

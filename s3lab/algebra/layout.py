@@ -284,9 +284,7 @@ class Layout:
         below, end, top, modes = 1, 1, (1, 0), []
         for stride, extent, weight in self._rising():
             if stride < end or stride % below:
-                raise SpecError(
-                    f"{self} has no left inverse: stride {stride} is no multiple of {below} from {end} on"
-                )
+                raise SpecError(f"{self} has no left inverse: stride {stride} is no multiple of {below} from {end} on")
             modes.insert(0, (stride // below, top[1]))
             below, end, top = stride, stride * extent, (extent, weight)
         return _merge([top, *modes])

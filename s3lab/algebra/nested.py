@@ -68,8 +68,7 @@ def refuse(text: str, at: int, expected: str) -> SpecError:
     """Return the error that says what was expected at a column, with a caret under it."""
     found = repr(text[at]) if at < len(text) else "the end of the text"
     return SpecError(
-        f"cannot read the layout at column {at + 1}: expected {expected}, found {found}\n"
-        f"    {text}\n    {' ' * at}^"
+        f"cannot read the layout at column {at + 1}: expected {expected}, found {found}\n    {text}\n    {' ' * at}^"
     )
 
 

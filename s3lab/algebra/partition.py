@@ -116,10 +116,13 @@ class Partition:
             scope = int(wrong.long().argmax())
             row, column = divmod(self.layout(scope, 0, 0), self.shape[1])
             fault = (
-                "cuts a block in two" if partial[scope] else f"keeps {int(count[scope])} of {self.B} blocks, not {self.keep}"
+                "cuts a block in two"
+                if partial[scope]
+                else f"keeps {int(count[scope])} of {self.B} blocks, not {self.keep}"
             )
             raise SpecError(
-                f"the mask breaks {self.text} on {self.shape} at scope {scope} (from row {row}, column {column}): it {fault}"
+                f"the mask breaks {self.text} on {self.shape} at scope {scope} (from row {row}, column {column}): "
+                f"it {fault}"
             )
 
     def _expect(self, W: Tensor) -> None:

@@ -120,8 +120,8 @@ class Scope:
         keep = self.keep if isinstance(self.keep, int) else int(self.keep * blocks + Fraction(1, 2))
         if not 1 <= keep <= blocks:
             raise SpecError(
-                f"keep {text.write_keep(self.keep)} is {keep} of the {blocks} blocks of a scope {text.write_sizes(self.shape)}:"
-                f" a budget lies between 1 and {blocks}"
+                f"keep {text.write_keep(self.keep)} is {keep} of the {blocks} blocks of a scope "
+                f"{text.write_sizes(self.shape)}: a budget lies between 1 and {blocks}"
             )
         return keep
 
@@ -156,7 +156,8 @@ class Spec:
                 )
             if any(not isinstance(size, Size) for size in part.shape):
                 raise SpecError(
-                    f"the {type(part).__name__.lower()} {text.write_sizes(part.shape)} is nested: give one extent per mode"
+                    f"the {type(part).__name__.lower()} {text.write_sizes(part.shape)} is nested: "
+                    "give one extent per mode"
                 )
 
     @classmethod

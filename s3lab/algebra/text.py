@@ -49,9 +49,7 @@ class Size:
         raise SpecError(f"{value!r} is no size: give an integer or text such as 'K/16'")
 
     def __mul__(self, other: Size) -> Size:
-        return Size(
-            self.coefficient * other.coefficient, self.rows + other.rows, self.inputs + other.inputs
-        )
+        return Size(self.coefficient * other.coefficient, self.rows + other.rows, self.inputs + other.inputs)
 
     def __truediv__(self, other: Size) -> Size:
         if other.coefficient == 0:

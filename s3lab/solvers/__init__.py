@@ -35,7 +35,9 @@ def make_solver(solver: str | Solver) -> Solver:
     if isinstance(solver, Solver):
         return solver
     if solver not in SOLVERS:
-        raise SolveError(f"no solver is called {solver!r}: use one of {', '.join(SOLVERS)}, or a Solver such as SOBS(batch=64)")
+        raise SolveError(
+            f"no solver is called {solver!r}: use one of {', '.join(SOLVERS)}, or a Solver such as SOBS(batch=64)"
+        )
     return SOLVERS[solver]()
 
 
@@ -71,7 +73,16 @@ def prune(
     with torch.no_grad(), Meter(W.device) as meter:
         problem = replace(problem, damp=solution.stats["damp"])
         fit = Refit()(problem, solution.mask)
-    stats = {"time_s": solution.stats["time_s"] + meter.time_s, "refit_steps": fit.steps, "residual": fit.residual}
+    stats = {
+        "time_s": solution.stats["time_s"] + meter.time_s,
+        "refit_steps": fit.steps,
+        "residual": fit.residual,
+    }
     return conclude(
-        problem, spec, solution.mask, fit.weight, f"{solution.solver} + {Refit()}", {**solution.stats, **stats}
+        problem,
+        spec,
+        solution.mask,
+        fit.weight,
+        f"{solution.solver} + {Refit()}",
+        {**solution.stats, **stats},
     )

@@ -37,7 +37,9 @@ class Solution:
 
     def __repr__(self) -> str:
         figures = {"error": self.error, "error_test": self.error_test, **self.stats}
-        told = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items() if v is not None)
+        told = ", ".join(
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items() if v is not None
+        )
         return f"Solution({str(self.spec)!r}, {self.solver}, shape={tuple(self.weight.shape)}, {told})"
 
 
@@ -54,7 +56,14 @@ class Solver(ABC):
         part = spec.bind(problem.shape)
         with torch.no_grad(), Meter(problem.W.device) as meter:
             problem, mask, weight, stats = self._solve_damped(problem, part)
-        return conclude(problem, spec, mask, weight, repr(self), {"time_s": meter.time_s, "mem_mib": meter.mem_mib, **stats})
+        return conclude(
+            problem,
+            spec,
+            mask,
+            weight,
+            repr(self),
+            {"time_s": meter.time_s, "mem_mib": meter.mem_mib, **stats},
+        )
 
     @abstractmethod
     def solve(self, problem: Problem, part: Partition) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -80,8 +89,8 @@ def conclude(
     weight = weight.masked_fill(~mask, 0).to(problem.W.dtype)
     if not weight.isfinite().all():
         raise SolveError(
-            f"{solver} on {spec} gave weights beyond the range of {problem.W.dtype} at damp = {problem.damp:g}: raise the "
-            "damping, or prune in float32"
+            f"{solver} on {spec} gave weights beyond the range of {problem.W.dtype} at damp = {problem.damp:g}: "
+            "raise the damping, or prune in float32"
         )
     if problem.H is None:
         return Solution(weight, mask, None, None, spec, solver, stats)

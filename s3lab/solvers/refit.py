@@ -27,7 +27,8 @@ class Refit:
 
     Conjugate gradients with H's diagonal as preconditioner, on all rows at once, each row with its own step lengths;
     a step is one M×K×K product.  Stops when ‖(Ŵ−W)H‖ on the support is below ``tolerance``·‖WH‖ for every row, or
-    no row gains any more.  ``tolerance`` None means 1e-5 in float32 and 1e-12 in float64.
+    no row gains any more.  ``tolerance`` None means 1e-12 in float64 and 1e-4 in float32, which leaves the error
+    within 1e-6 of its least.
 
     Source: Hestenes and Stiefel, 1952; the use after pruning as in ALPS (Meng et al., 2024).
     """
@@ -39,14 +40,12 @@ class Refit:
         if self.max_steps < 1 or not (self.tolerance is None or self.tolerance > 0):
             raise SolveError(f"{self}: max_steps is at least 1 and tolerance, if given, above 0")
 
-    def __call__(
-        self, problem: Problem, mask: Bool[Tensor, "M K"], start: Float[Tensor, "M K"] | None = None
-    ) -> Fit:
-        """Return the best fit on ``mask``, from ``start`` (M, K) or from the masked weight; ShapeError if they do not fit."""
+    def __call__(self, problem: Problem, mask: Bool[Tensor, "M K"], start: Float[Tensor, "M K"] | None = None) -> Fit:
+        """Return the best fit on ``mask``, from ``start`` (M, K) or the masked weight; ShapeError on another shape."""
         W0, H = problem.weight, problem.hessian
         if mask.shape != W0.shape:
             raise ShapeError(f"a mask of shape {tuple(mask.shape)} for a weight of shape {tuple(W0.shape)}")
-        tolerance = self.tolerance or (1e-12 if problem.dtype == torch.float64 else 1e-5)
+        tolerance = self.tolerance or (1e-12 if problem.dtype == torch.float64 else 1e-4)
         W = (W0 if start is None else start.to(W0)).masked_fill(~mask, 0)
         inverse_diagonal = 1 / H.diagonal()
         goal = tolerance * (W0 @ H).norm(dim=1, keepdim=True)

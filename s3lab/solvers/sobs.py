@@ -20,6 +20,7 @@ from s3lab.tensors.meter import free_memory
 from s3lab.tensors.problem import Problem
 
 _SUBSETS = 70  # of 4:8; scopes with more ways to choose are emptied in rounds
+_CPU_ROOM = 64 * 2**20
 _PANEL = 128  # columns whose C is formed at once: the matrix products want them wide, their square costs memory
 
 
@@ -40,8 +41,9 @@ class SOBS(Solver):
         ``"joint"`` weighs all choices within a scope where there are at most 70, and otherwise empties it in
         ``rounds``, re-scored between them; ``"independent"`` removes the blocks of least own score at once.
     rows
-        row groups worked on at a time; None takes a number that a quarter of the free memory holds.  A scope over
-        more rows than that is split over them, each with its share of the budget by w²/C₀_jj.
+        row groups worked on at a time; None takes what a quarter of the free memory of a GPU holds, or 64 MiB of a
+        CPU's, where small is quick.  A scope over more rows than that is split over them, each with its share of
+        the budget by w²/C₀_jj.
 
     Cost: K³/12 operations and K²/8 numbers a row for narrow scopes, K³/4 and K² for scopes as wide as the weight,
     where the textbook method takes K³ and K².  Source: Ghriss, arXiv 2604.11315, section on S-OBS; Hassibi and
@@ -66,7 +68,7 @@ class SOBS(Solver):
         order, batches = self._visits(W, C, part)
         numbers = part.scatter(torch.arange(part.S * part.B, device=device).view(part.S, part.B))
         groups = alike_rows(numbers)
-        chunks, budgets = self._chunks(groups, W, C, part)
+        chunks, budgets = self._chunks(groups, W, C, part, batches)
 
         C = C[order][:, order]
         mask = torch.ones_like(numbers, dtype=torch.bool)
@@ -90,13 +92,15 @@ class SOBS(Solver):
             labels = mean.argsort(descending=True, stable=True).argsort()[place]
         return arrange(labels, self.batch)
 
-    def _chunks(self, groups: Tensor, W: Tensor, C: Tensor, part: Partition) -> tuple[list[Tensor], Tensor]:
+    def _chunks(
+        self, groups: Tensor, W: Tensor, C: Tensor, part: Partition, batches: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], Tensor]:
         """The row groups worked on together, and how many blocks each scope gives up in each chunk, (chunks, S)."""
         M, K = part.shape
         group_of = torch.empty(M, dtype=torch.long, device=W.device)
         group_of[groups] = torch.arange(len(groups), device=W.device)[:, None]
         members = group_of[offsets(part, W.device) // K]
-        limit = self.rows or max(1, free_memory(W.device) // 4 // (W.element_size() * K * K))
+        limit = self.rows or self._row_limit(W, batches)
         labels = link(members.view(part.S, -1), len(groups))
         whole = int(labels.unique(return_counts=True)[1].max()) <= limit
         if not whole:
@@ -111,6 +115,14 @@ class SOBS(Solver):
         budgets = torch.zeros(len(chunks), part.S, dtype=torch.long, device=W.device)
         budgets.scatter_add_(0, chunk_of[members[..., 0]].T, goes.long().T)
         return chunks, budgets
+
+    def _row_limit(self, W: Tensor, batches: list[tuple[int, int]]) -> int:
+        """How many row groups fit the memory that is meant for them."""
+        K = W.shape[1]
+        panel = max(panel[-1][1] - panel[0][0] for panel in _join(batches, _PANEL))
+        group = W.element_size() * (K * K // 8 + 4 * panel * panel)
+        room = free_memory(W.device) // 4
+        return max(1, (room if W.is_cuda else min(room, _CPU_ROOM)) // group)
 
     def _remove(
         self, numbers: Tensor, W: Tensor, C0: Tensor, batches: list[tuple[int, int]], B: int, budget: Tensor
@@ -148,7 +160,7 @@ class SOBS(Solver):
     def _decide(
         self, numbers: Tensor, C: Tensor, w: Tensor, batches: list[tuple[int, int]], B: int, budget: Tensor
     ) -> Tensor:
-        """Return which columns of a panel go, bool (G, n), by its C (G, n, n) and weights w (G, n, R), batch by batch."""
+        """Return which columns of a panel go, bool (G, n), batch by batch, by C (G, n, n) and weights w (G, n, R)."""
         gone = torch.zeros(numbers.shape, dtype=torch.bool, device=C.device)
         if len(batches) > 1 or self.scoring == "joint":
             C = C.clone()  # what follows removes in place, and the caller still needs the whole
@@ -158,7 +170,9 @@ class SOBS(Solver):
             due = budget[scopes.keys]
             pieces = _Pieces.of(local, a)
             choice = _weigh_choices(pieces, scopes.items, due, C, w) if self.scoring == "joint" else None
-            rounds = 1 if choice is not None or self.scoring == "independent" else min(self.rounds, max(1, int(due.max())))
+            rounds = (
+                1 if choice is not None or self.scoring == "independent" else min(self.rounds, max(1, int(due.max())))
+            )
             out = torch.zeros(len(blocks), dtype=torch.bool, device=C.device)
             for turn in range(rounds):
                 if choice is None:
@@ -205,7 +219,7 @@ class _Pieces:
 
     @classmethod
     def of(cls, local: Tensor, start: int) -> _Pieces:
-        """Gather the pieces from the block of each column (G, n), numbered without a gap; the first column is ``start``."""
+        """Gather the pieces from the block of each column (G, n), numbered without a gap, from column ``start`` on."""
         G, n = local.shape
         count = int(local.max()) + 1
         group = torch.arange(G, device=local.device)[:, None].expand(G, n)

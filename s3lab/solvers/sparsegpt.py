@@ -58,7 +58,7 @@ class _Plan:
     """The order of the columns, their windows, and at which column which blocks are decided."""
 
     def __init__(self, part: Partition, width: int, device: torch.device) -> None:
-        M, K = part.shape
+        K = part.shape[1]
         places = offsets(part, device)
         columns = places % K
         by_scope = link(columns.view(part.S, -1), K)

@@ -85,7 +85,8 @@ def output_error(W_hat: Float[Tensor, "M K"], W: Float[Tensor, "M K"], H: Float[
     """
     if W_hat.shape != W.shape or W.ndim != 2 or H.shape != (W.shape[1], W.shape[1]):
         raise ShapeError(
-            f"Ŵ {tuple(W_hat.shape)}, W {tuple(W.shape)} and H {tuple(H.shape)} do not fit: expected (M, K) twice and (K, K)"
+            f"Ŵ {tuple(W_hat.shape)}, W {tuple(W.shape)} and H {tuple(H.shape)} do not fit: expected (M, K), (M, K) "
+            "and (K, K)"
         )
     H = H.double()
     W, change = W.detach().double(), (W_hat.detach().double() - W.detach().double())

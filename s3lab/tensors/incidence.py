@@ -23,8 +23,8 @@ def offsets(part: Partition, device: torch.device) -> Integer[Tensor, "S B E"]:
     return part.blocks(torch.arange(M * K, device=device).view(M, K)).contiguous()
 
 
-def link(members: Integer[Tensor, "N n"], count: int) -> Integer[Tensor, "count"]:
-    """Return for each of ``count`` items the smallest item it is linked to, where each row of ``members`` links all its items.
+def link(members: Integer[Tensor, "N n"], count: int) -> Integer[Tensor, " count"]:
+    """Return the smallest item that each of ``count`` items is linked to; a row of ``members`` links all its items.
 
     >>> link(torch.tensor([[0, 2], [2, 3]]), 5).tolist()
     [0, 1, 0, 0, 4]
@@ -39,7 +39,7 @@ def link(members: Integer[Tensor, "N n"], count: int) -> Integer[Tensor, "count"
         label = new
 
 
-def arrange(labels: Integer[Tensor, "count"], width: int) -> tuple[Tensor, list[tuple[int, int]]]:
+def arrange(labels: Integer[Tensor, " count"], width: int) -> tuple[Tensor, list[tuple[int, int]]]:
     """Return an order of items that puts equal labels together, ascending, and the windows to take of it.
 
     A window (start, stop) holds at most ``width`` items; a label is never cut, and one with more items makes a window
@@ -70,7 +70,7 @@ class Table(NamedTuple):
         return (self.items >= 0).sum(1)
 
 
-def tabulate(items: Integer[Tensor, "n"], keys: Integer[Tensor, "n"]) -> Table:
+def tabulate(items: Integer[Tensor, " n"], keys: Integer[Tensor, " n"]) -> Table:
     """Return the items as rows of equal key, in order within each.
 
     >>> tabulate(torch.tensor([5, 6, 7]), torch.tensor([1, 0, 1]))

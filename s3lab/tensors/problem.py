@@ -63,7 +63,7 @@ class Problem:
         return torch.float64 if self.W.dtype == torch.float64 else torch.float32
 
     @cached_property
-    def dead(self) -> Bool[Tensor, "K"]:
+    def dead(self) -> Bool[Tensor, " K"]:
         """Inputs that were never anything but zero."""
         if self.H is None:
             return torch.zeros(self.shape[1], dtype=torch.bool, device=self.W.device)
@@ -114,7 +114,9 @@ class Problem:
     @property
     def moment(self) -> Tensor:
         if self.H is None:
-            raise SolveError("this solver or measure needs the second moment H of the layer's inputs: pass s3lab.hessian(X)")
+            raise SolveError(
+                "this solver or measure needs the second moment H of the layer's inputs: pass s3lab.hessian(X)"
+            )
         return self.H
 
     @cached_property
@@ -150,7 +152,9 @@ def _raise_damping(damp: float) -> float:
 def _check_moment(name: str, H: Tensor, W: Tensor) -> None:
     K = W.shape[1]
     if H.shape != (K, K) or not H.is_floating_point():
-        raise ShapeError(f"{name} of shape {tuple(H.shape)} and {H.dtype} for a weight of K = {K} inputs: expected real ({K}, {K})")
+        raise ShapeError(
+            f"{name} of shape {tuple(H.shape)} and {H.dtype} for a weight of K = {K} inputs: expected real ({K}, {K})"
+        )
     if H.device != W.device:
         raise ShapeError(f"{name} is on {H.device} and W on {W.device}: move one to the other")
     if not H.isfinite().all():

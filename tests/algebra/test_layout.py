@@ -316,9 +316,7 @@ class TestDivide:
     def test_zipped_keeps_a_mode_nested_where_the_cut_does(self):
         divided = Layout((2, (3, 4)), (1, (2, 6))).zipped_divide((1, 8 // 2))
         assert str(divided) == "((2,3),(1,4)):((1,2),(0,6))"
-        assert str(Layout((2, (4, 3)), (1, (2, 8))).zipped_divide((2, 6))) == (
-            "((1,2),(2,(2,3))):((0,4),(1,(2,8)))"
-        )
+        assert str(Layout((2, (4, 3)), (1, (2, 8))).zipped_divide((2, 6))) == ("((1,2),(2,(2,3))):((0,4),(1,(2,8)))")
 
     def test_known_cases(self):
         # CuTe's (4,2,3):(2,1,8) over 4:2 is ((2,2),(2,3)):((4,1),(2,8)), modes reversed

@@ -68,7 +68,7 @@ def test_blocks_share_storage_where_strides_allow():
 
 @given(st.sampled_from([s for s in SPECS if comb(s[2][1], s[3]) ** 1 <= 70]), st.integers(0, 999))
 def test_projection_is_the_best_of_all_choices(case, seed):
-    text, shape, (S, B, E), keep = case
+    text, shape, (_, B, _), keep = case
     part = s3.parse(text).bind(shape)
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     mask = part.project(scores)
@@ -89,7 +89,15 @@ def test_mask_count_and_storage():
     part = s3.parse("2:4").bind((2, 4))
     assert part.mask_count == 36
     # arXiv 2507.03052: bits per element of the mask's index
-    bits = {"2:4": 0.75, "4:8": 0.875, "8:16": 0.875, "16:32": 0.938, "4:256": 0.109, "8:256": 0.191, "16:256": 0.328}
+    bits = {
+        "2:4": 0.75,
+        "4:8": 0.875,
+        "8:16": 0.875,
+        "16:32": 0.938,
+        "4:256": 0.109,
+        "8:256": 0.191,
+        "16:256": 0.328,
+    }
     for text, figure in bits.items():
         assert s3.parse(text).bind((1, 256)).storage_bits == pytest.approx(figure, abs=6e-4)
 

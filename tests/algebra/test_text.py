@@ -9,8 +9,22 @@ from hypothesis import strategies as st
 import s3lab as s3
 from s3lab.algebra.text import Size
 
-SHORT = ["2:4", "1:4", "8:16", "2:4@1x2", "1:2@16x16", "50%", "12.5%", "100/3%", "50%/row", "25%/column", "50%/row@1x4",
-         "50%@4x4", "50% rows", "25% columns"]
+SHORT = [
+    "2:4",
+    "1:4",
+    "8:16",
+    "2:4@1x2",
+    "1:2@16x16",
+    "50%",
+    "12.5%",
+    "100/3%",
+    "50%/row",
+    "25%/column",
+    "50%/row@1x4",
+    "50%@4x4",
+    "50% rows",
+    "25% columns",
+]
 
 
 @pytest.mark.parametrize("text", SHORT)
@@ -31,7 +45,9 @@ def test_short_and_full_text_are_the_same_spec():
 
 
 def test_python_and_text_are_the_same_spec():
-    built = s3.Spec(s3.View(("M", "K/16", 8, 2), ("K", 16, 1, 8)), s3.Block((1, 1, 1, 2)), s3.Scope((1, 1, 4, 1), keep=2))
+    built = s3.Spec(
+        s3.View(("M", "K/16", 8, 2), ("K", 16, 1, 8)), s3.Block((1, 1, 1, 2)), s3.Scope((1, 1, 4, 1), keep=2)
+    )
     assert built == s3.parse("coupled-2:4")
 
 
@@ -80,7 +96,7 @@ def test_a_malformed_text_is_pointed_at(text, column, expected):
         s3.parse(text)
     message = str(caught.value)
     assert f"at column {column}:" in message and expected in message
-    first, shown, caret = message.splitlines()[:3]
+    _, shown, caret = message.splitlines()[:3]
     assert shown == f"    {text}" and caret.index("^") == 4 + column - 1
 
 

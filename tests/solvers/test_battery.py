@@ -1,4 +1,4 @@
-"""One battery for every solver on every kind of spec: the mask obeys, pruned is zero, all is finite, nothing is touched."""
+"""One battery for every solver on every spec: the mask obeys, pruned is zero, all is finite, nothing is touched."""
 
 import math
 
@@ -8,9 +8,22 @@ import torch
 import s3lab as s3
 
 SPECS = {
-    "2:4": (12, 32), "1:4": (12, 32), "3:4": (12, 32), "8:16": (12, 32), "2:4@1x2": (12, 32), "1:3@4x2": (12, 30),
-    "1:2@16x16": (32, 64), "50%": (12, 32), "30%": (10, 20), "25%/row": (12, 32), "50%/row@1x4": (12, 32),
-    "25%/column": (12, 32), "50% rows": (12, 32), "25% columns": (12, 32), "coupled-2:4": (12, 32), "block16": (32, 64),
+    "2:4": (12, 32),
+    "1:4": (12, 32),
+    "3:4": (12, 32),
+    "8:16": (12, 32),
+    "2:4@1x2": (12, 32),
+    "1:3@4x2": (12, 30),
+    "1:2@16x16": (32, 64),
+    "50%": (12, 32),
+    "30%": (10, 20),
+    "25%/row": (12, 32),
+    "50%/row@1x4": (12, 32),
+    "25%/column": (12, 32),
+    "50% rows": (12, 32),
+    "25% columns": (12, 32),
+    "coupled-2:4": (12, 32),
+    "block16": (32, 64),
     "mma-m16n8k16": (32, 32),
     "(K,M):(1,K) / (1,1) / (1,4) keep 1": (12, 32),
     "(M,4,K/4):(K,K/4,1) / (1,4,1) / (1,1,4) keep 1": (12, 32),

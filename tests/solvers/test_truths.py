@@ -65,10 +65,17 @@ def textbook_obs(W, H, part):
     return W
 
 
-OBS_CASES = [("2:4", 3, 8), ("1:4", 3, 8), ("3:4", 3, 8), ("2:4@1x2", 3, 8), ("1:4@1x2", 2, 8), ("1:2@2x2", 4, 8),
-             ("(M/4,2,2,K):(4*K,K,2*K,1) / (1,1,1,4) / (1,1,2,1) keep 1", 4, 8),
-             ("(M,K/8,4,2):(K,8,1,4) / (1,1,1,2) / (1,1,2,1) keep 1", 3, 8),
-             ("(K,M):(1,K) / (1,1) / (1,2) keep 1", 4, 8)]
+OBS_CASES = [
+    ("2:4", 3, 8),
+    ("1:4", 3, 8),
+    ("3:4", 3, 8),
+    ("2:4@1x2", 3, 8),
+    ("1:4@1x2", 2, 8),
+    ("1:2@2x2", 4, 8),
+    ("(M/4,2,2,K):(4*K,K,2*K,1) / (1,1,1,4) / (1,1,2,1) keep 1", 4, 8),
+    ("(M,K/8,4,2):(K,8,1,4) / (1,1,1,2) / (1,1,2,1) keep 1", 3, 8),
+    ("(K,M):(1,K) / (1,1) / (1,2) keep 1", 4, 8),
+]
 
 
 @pytest.mark.parametrize("panel", [1, 4, 128])
@@ -130,7 +137,9 @@ def test_sparsegpt_on_one_scope_is_the_plain_derivation(keep, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("text", ["2:4", "1:4", "1:2@2x2", "50% columns", "(M,K/8,4,2):(K,8,1,4) / (1,1,1,2) / (1,1,4,1) keep 1"])
+@pytest.mark.parametrize(
+    "text", ["2:4", "1:4", "1:2@2x2", "50% columns", "(M,K/8,4,2):(K,8,1,4) / (1,1,1,2) / (1,1,4,1) keep 1"]
+)
 def test_no_solver_beats_the_brute_force_optimum(text, seed):
     W, H = small(2, 8, seed)
     part, H_damped = s3.parse(text).bind((2, 8)), damped(H)

@@ -61,7 +61,7 @@ def prune(
     SolveError for an unknown solver or a missing H.
 
     >>> X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    >>> solution = prune(torch.ones(4, 8), "2:4", hessian(X), solver="obd")
+    >>> solution = prune(torch.ones(4, 8), "2:4", X.T @ X / len(X), solver="obd")
     >>> solution.mask.sum(1).tolist()
     [4, 4, 4, 4]
     """

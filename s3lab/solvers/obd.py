@@ -16,6 +16,12 @@ class OBD(ScoreSolver):
 
     Source: LeCun, Denker, Solla, *Optimal Brain Damage*, 1989, equation 5.  On single weights in scopes of one row
     the order is Wanda's but for the damping; on larger blocks Wanda adds the roots.
+
+    >>> import torch
+    >>> import s3lab as s3
+    >>> W, H = torch.tensor([[4.0, 1.0, 1.0, 4.0]]), torch.diag(torch.tensor([1.0, 100.0, 100.0, 1.0]))
+    >>> s3.prune(W, "2:4", H, OBD()).mask.tolist()
+    [[False, True, True, False]]
     """
 
     def score(self, problem: Problem) -> Tensor:

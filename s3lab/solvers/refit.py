@@ -31,6 +31,12 @@ class Refit:
     within 1e-6 of its least.
 
     Source: Hestenes and Stiefel, 1952; the use after pruning as in ALPS (Meng et al., 2024).
+
+    With two inputs of correlation 1/2, the one that stays takes half of the other's weight:
+
+    >>> problem = Problem(torch.ones(1, 2), torch.tensor([[1.0, 0.5], [0.5, 1.0]]), damp=0.0)
+    >>> Refit()(problem, torch.tensor([[True, False]])).weight.tolist()
+    [[1.5, 0.0]]
     """
 
     tolerance: float | None = None

@@ -48,6 +48,11 @@ class SOBS(Solver):
     Cost: K³/12 operations and K²/8 numbers a row for narrow scopes, K³/4 and K² for scopes as wide as the weight,
     where the textbook method takes K³ and K².  Source: Ghriss, arXiv 2604.11315, section on S-OBS; Hassibi and
     Stork, *Optimal Brain Surgeon*, 1993.
+
+    >>> import s3lab as s3
+    >>> H = s3.hessian(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+    >>> s3.prune(torch.ones(4, 8), "1:2@1x2", H, SOBS(batch=8, order="left")).mask.sum().item()
+    16
     """
 
     batch: int = 32

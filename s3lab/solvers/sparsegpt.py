@@ -26,6 +26,11 @@ class SparseGPT(Solver):
 
     Cost: about M·K² + K³ operations.  Source: Frantar and Alistarh, *SparseGPT*, 2023, Algorithm 1, there for N:M and
     unstructured masks.
+
+    >>> import s3lab as s3
+    >>> H = s3.hessian(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+    >>> s3.prune(torch.ones(4, 8), "1:2@1x2", H, SparseGPT(width=8)).mask.sum().item()
+    16
     """
 
     width: int = 128

@@ -16,6 +16,12 @@ class Wanda(ScoreSolver):
 
     Source: Sun et al., *A Simple and Effective Pruning Approach for Large Language Models*, 2023, whose scopes are
     rows or N:M groups; here any scope, and blocks by the sum of their elements.
+
+    >>> import torch
+    >>> import s3lab as s3
+    >>> W, H = torch.tensor([[4.0, 1.0, 1.0, 4.0]]), torch.diag(torch.tensor([1.0, 100.0, 100.0, 1.0]))
+    >>> s3.prune(W, "2:4", H, Wanda()).mask.tolist()
+    [[False, True, True, False]]
     """
 
     def score(self, problem: Problem) -> Tensor:

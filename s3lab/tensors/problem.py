@@ -30,8 +30,8 @@ class Problem:
     and of the weight's K; SolveError if H is needed and missing, or no damping makes it positive definite.
 
     >>> problem = Problem(torch.ones(1, 2), torch.tensor([[2.0, 0.0], [0.0, 0.0]]), damp=0.0)
-    >>> problem.weight.tolist(), problem.inverse.tolist()
-    ([[1.0, 0.0]], [[0.5, 0.0], [0.0, 0.5]])
+    >>> problem.weight.tolist(), problem.inverse.diagonal().tolist()
+    ([[1.0, 0.0]], [0.5, 0.5])
     """
 
     W: Float[Tensor, "M K"]

@@ -1,0 +1,51 @@
+# make reproduce | test | lint | clean        (make help says more)
+PYTHON   ?= python3
+PROFILE  ?= quick
+BIN      := .venv/bin
+STAMP    := .venv/installed
+
+export OMP_NUM_THREADS ?= $(shell nproc)
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install reproduce test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make reproduce   every notebook of a profile, into figures/     PROFILE=quick|paper|FILE  NOTEBOOKS='01 02'"
+	@echo "make test        the whole test suite, notebooks included       ARGS='-k layout'"
+	@echo "make lint        ruff, pyright, and notebooks without outputs"
+	@echo "make clean       remove .venv, caches and executed notebooks; figures stay"
+	@echo "The first call makes .venv and installs the project there (PYTHON=$(PYTHON), 3.11 or newer)."
+
+# The stamp is older than what it depends on, or missing, exactly when there is something to install.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "s3lab needs Python 3.11 or newer, not " \
+		+ sys.version.split()[0] + ": make PYTHON=/path/to/python3")'
+	@echo "installing into .venv, about 3 GB: takes some minutes, .venv/install.log tells"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --constraint constraints.txt --editable ".[all]" > .venv/install.log 2>&1 \
+		|| { tail -n 20 .venv/install.log; exit 1; }
+	@$(BIN)/python -c 'import platform, torch; \
+		print("Python " + platform.python_version() + ", torch " + torch.__version__)' > $@.part
+	@mv $@.part $@
+
+install:
+	@if $(MAKE) --no-print-directory --question $(STAMP) 2>/dev/null; \
+	then echo "reusing .venv ($$(cat $(STAMP)), installed $$(date -r $(STAMP) '+%F %H:%M')): nothing to install"; \
+	else $(MAKE) --no-print-directory $(STAMP); fi
+
+reproduce: install
+	@$(BIN)/s3lab reproduce $(NOTEBOOKS) --profile $(PROFILE)
+
+test: install
+	@$(BIN)/python -m pytest --nbval-lax $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis figures/runs
+	find s3lab tests -name __pycache__ -type d -exec rm -rf {} +

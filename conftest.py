@@ -1,0 +1,48 @@
+"""How pytest runs: properties repeat, slow and GPU tests are skipped aloud, figures/ is left alone."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import config as jaxtyping_config
+from jaxtyping import install_import_hook
+from nbval.plugin import IPyNbCell
+
+# Before anything imports the package: from here on the shapes in its annotations are checked at every call.
+install_import_hook(["s3lab.tensors", "s3lab.solvers", "s3lab.models"], "beartype.beartype")
+
+# Every run draws the same examples, and a loaded machine is no reason to fail.
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def shapes(request: pytest.FixtureRequest) -> None:
+    """Check shapes in every test but those of bad input, which meet the package's own errors, as users do."""
+    jaxtyping_config.update("jaxtyping_disable", request.path.stem == "test_bad_input")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set what the kernels of notebooks inherit: no network, and a folder of their own for figures."""
+    figures = tempfile.TemporaryDirectory(prefix="s3lab-figures-")
+    config.add_cleanup(figures.cleanup)
+    os.environ |= {"S3LAB_FIGURES": figures.name, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, with the reason in the report, what this run was not asked for or this machine cannot do."""
+    for item in items:
+        if isinstance(item, IPyNbCell) and item.cell.outputs:
+            item.cell.execution_count = 1  # nbval compares no cell without one, and nbstripout leaves none
+        if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: needs --run-slow"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))

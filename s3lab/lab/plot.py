@@ -1,0 +1,266 @@
+"""Table -> Figure: draws what it is given and computes nothing, in colours and marks that survive greyscale.
+
+Every function returns a `matplotlib.figure.Figure` of its own; no global plotting state is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from s3lab.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+COLUMN, PAGE = 3.4, 7.0  # inches: the width of a column and of a page in a two-column paper
+DPI = 200
+# Okabe and Ito's colours for all kinds of colour vision, ordered so that neighbours differ in lightness.
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#000000")
+HATCHES = ("", "////", "....", "xxxx", "----", "++++", "oooo", "****")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":")
+INK = "#222222"
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.axisbelow": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.5,
+    "hatch.linewidth": 0.5,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "savefig.facecolor": "white",
+}
+
+
+def style(more: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
+    """Return the context in which the project's figures are drawn and saved."""
+    settings: Any = _STYLE | dict(more or {})
+    return matplotlib.rc_context(settings)
+
+
+def curves(
+    df: DataFrame,
+    x: str,
+    y: str,
+    hue: str | None = None,
+    *,
+    panel: str | None = None,
+    xlabel: str | None = None,
+    ylabel: str | None = None,
+    log: str = "",
+    width: float = COLUMN,
+    columns: int = 4,
+) -> Figure:
+    """Draw column ``y`` over ``x``, one line per value of ``hue``.
+
+    ``panel`` gives each of its values axes of their own, ``columns`` in a row, all of one scale.  ``log`` names the
+    logarithmic axes, such as "y" or "xy".  Raises DataError if the table lacks a column.
+    """
+    _expect(df, x, y, hue, panel)
+    panels = [(None, df)] if panel is None else list(df.groupby(panel, sort=False))
+    names = [None] if hue is None else list(df[hue].unique())
+    with style():
+        fig, axes = _grid(len(panels), width, columns)
+        for ax, (title, part) in zip(axes, panels, strict=True):
+            for i, name in enumerate(names):
+                rows = part if hue is None else part[part[hue] == name]
+                few = len(rows) <= 25
+                look = {"color": COLOURS[i % 8], "linestyle": DASHES[i % 4], "marker": MARKERS[i % 8] if few else None}
+                ax.plot(rows[x], rows[y], label=name, **look)
+            ax.set(xlabel=xlabel or _words(x), ylabel=ylabel or _words(y), title="" if title is None else str(title))
+            ax.grid(True)
+            for axis in log:
+                getattr(ax, f"set_{axis}scale")("log")
+        _legend(fig, axes, hue)
+    return fig
+
+
+def scatter(
+    df: DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    *,
+    panel: str | None = None,
+    xlabel: str | None = None,
+    ylabel: str | None = None,
+    width: float = PAGE,
+    columns: int = 3,
+) -> Figure:
+    """Draw column ``y`` against ``x`` of the same unit, a mark per row, and the line where they are equal.
+
+    ``hue`` tells rows apart, ``panel`` gives each of its values axes of their own.  Raises DataError if the table
+    lacks a column.
+    """
+    _expect(df, x, y, hue, panel)
+    panels = [(None, df)] if panel is None else list(df.groupby(panel, sort=False))
+    top = 1.05 * float(max(df[x].max(), df[y].max()))
+    with style():
+        fig, axes = _grid(len(panels), width, columns, tall=1.0)
+        for ax, (title, part) in zip(axes, panels, strict=True):
+            ax.plot([0, top], [0, top], color=INK, linewidth=0.6)
+            for i, name in enumerate(df[hue].unique()):
+                rows = part[part[hue] == name]
+                ax.scatter(rows[x], rows[y], 14, color=COLOURS[i % 8], marker=MARKERS[i % 8], label=name)
+            ax.set(xlim=(0, top), ylim=(0, top), aspect="equal", title="" if title is None else str(title))
+            ax.set(xlabel=xlabel or _words(x), ylabel=ylabel or _words(y))
+        _legend(fig, axes, hue)
+    return fig
+
+
+def heat(
+    df: DataFrame,
+    x: str,
+    y: str,
+    value: str,
+    *,
+    panel: str | None = None,
+    label: str | None = None,
+    width: float = PAGE,
+) -> Figure:
+    """Draw ``value`` as the colour of a cell at ``x`` and ``y``, with its number: blue above zero, orange below.
+
+    ``panel`` gives each of its values axes of their own, side by side.  Raises DataError if the table lacks a column.
+    """
+    import seaborn as sns
+
+    _expect(df, x, y, value, panel)
+    panels = [(None, df)] if panel is None else list(df.groupby(panel, sort=False))
+    most = float(df[value].abs().max())
+    tall = 0.3 * df[y].nunique() + 0.7
+    with style({"axes.grid": False}):
+        fig = Figure(figsize=(width, tall), layout="constrained")
+        axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for i, (ax, (title, part)) in enumerate(zip(axes, panels, strict=True)):
+            cells = part.pivot(index=y, columns=x, values=value).reindex(index=df[y].unique(), columns=df[x].unique())
+            last = i + 1 == len(panels)
+            sns.heatmap(
+                cells, ax=ax, cmap="PuOr", vmin=-most, vmax=most, annot=True, fmt=".0f", annot_kws={"size": 6},
+                linewidths=0.5, cbar=last, cbar_kws={"label": label or _words(value)} if last else None,
+            )  # fmt: skip
+            ax.set(xlabel=_words(x), ylabel=_words(y) if i == 0 else "", title="" if title is None else str(title))
+            ax.tick_params(length=0)
+    return fig
+
+
+def bars(
+    df: DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    *,
+    panel: str | None = None,
+    reference: str | None = None,
+    reference_label: str = "reference",
+    ylabel: str | None = None,
+    digits: int = 1,
+    width: float = PAGE,
+) -> Figure:
+    """Draw ``y`` as one bar per row, labelled with its value: grouped by ``x``, told apart by ``hue``.
+
+    ``panel`` gives each of its values a row of axes of their own.  ``reference`` names a column of figures to
+    compare with, drawn as marks across the bars where they are not missing.  Raises DataError if the table
+    lacks a column or has two rows for one bar.
+
+    >>> from pandas import DataFrame
+    >>> table = DataFrame({"pattern": ["2:4", "2:4"], "solver": ["obd", "sobs"], "error_percent": [20.0, 10.0]})
+    >>> [float(b.get_height()) for b in bars(table, "pattern", "error_percent", "solver").axes[0].patches]
+    [20.0, 10.0]
+    """
+    _expect(df, x, y, hue, panel, reference)
+    keys = [column for column in (panel, x, hue) if column is not None]
+    if df.duplicated(keys).any():
+        raise DataError(f"two rows of the table are one bar: {', '.join(keys)} must tell every row apart")
+    panels = [(None, df)] if panel is None else list(df.groupby(panel, sort=False))
+    groups, names = list(df[x].unique()), list(df[hue].unique())
+    thick = 0.84 / len(names)
+    with style():
+        fig = Figure(figsize=(width, 0.35 + 1.75 * len(panels)), layout="constrained")
+        axes = fig.subplots(len(panels), sharex=True, sharey=True, squeeze=False)[:, 0]
+        for ax, (title, rows) in zip(axes, panels, strict=True):
+            for i, name in enumerate(names):
+                some = rows[rows[hue] == name]
+                at = np.array([groups.index(g) for g in some[x]]) + (i - (len(names) - 1) / 2) * thick
+                _bars(ax, at, some[y], thick, i, str(name), digits)
+                if reference is not None:
+                    _marks(ax, at, some[reference], thick, reference_label if i == 0 else "")
+            ax.set(ylabel=ylabel or _words(y), title="" if title is None else str(title))
+            ax.set_xticks(range(len(groups)), [str(g) for g in groups])
+            ax.tick_params(axis="x", length=0)
+            ax.margins(x=0.01, y=0.14)
+            ax.grid(True, axis="y")
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, ncols=len(labels), loc="outside upper center")
+    return fig
+
+
+def _grid(count: int, width: float, columns: int, tall: float = 0.68) -> tuple[Figure, list[Axes]]:
+    """Return a figure with ``count`` axes of one scale, ``columns`` in a row."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    fig = Figure(figsize=(width, tall * width / columns * rows + 0.3 * (count > 1)), layout="constrained")
+    axes = fig.subplots(rows, columns, sharex=count > 1, sharey=count > 1, squeeze=False).ravel()
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return fig, list(axes[:count])
+
+
+def _legend(fig: Figure, axes: list[Axes], hue: str | None) -> None:
+    if hue is not None and len(axes) == 1:
+        axes[0].legend(title=_words(hue))
+    elif hue is not None:
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, ncols=len(labels), loc="outside upper center")
+        for ax in axes:
+            ax.label_outer()
+
+
+def _bars(ax: Axes, at: np.ndarray, heights: Any, thick: float, i: int, name: str, digits: int) -> None:
+    drawn = ax.bar(
+        at,
+        heights,
+        0.92 * thick,
+        label=name,
+        color=COLOURS[i % 8],
+        hatch=HATCHES[i % 8],
+        edgecolor=INK,
+        linewidth=0.5,
+    )
+    ax.bar_label(drawn, fmt=f"%.{digits}f", fontsize=6, padding=1)
+
+
+def _marks(ax: Axes, at: np.ndarray, levels: Any, thick: float, label: str) -> None:
+    ax.hlines(levels, at - 0.5 * thick, at + 0.5 * thick, color="white", linewidth=3)
+    ax.hlines(levels, at - 0.5 * thick, at + 0.5 * thick, color="black", linewidth=1.4, label=label)
+
+
+def _words(column: str) -> str:
+    """Turn a column's name into words: a trailing unit goes into brackets."""
+    units = {"s": "s", "mib": "MiB", "percent": "%"}
+    stem, _, unit = column.rpartition("_")
+    return f"{stem.replace('_', ' ')} ({units[unit]})" if stem and unit in units else column.replace("_", " ")
+
+
+def _expect(df: DataFrame, *columns: str | None) -> None:
+    missing = [column for column in columns if column is not None and column not in df.columns]
+    if missing:
+        raise DataError(f"the table has no column {', '.join(missing)}: it has {', '.join(map(str, df.columns))}")

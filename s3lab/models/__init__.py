@@ -1,0 +1,1 @@
+"""Language models: the one that ships with the package, the text it reads, and the inputs of its layers."""

@@ -1,0 +1,282 @@
+"""Pruning a causal language model decoder layer by decoder layer, each on what the pruned layers before it give."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from s3lab.algebra.spec import Spec
+from s3lab.models.decoder import Decoder, find_decoder
+from s3lab.models.flow import Chunk, Flow, cut_chunks
+from s3lab.models.layerwise import Recipe, choose, choose_specs, prune_layer
+from s3lab.models.rundir import RunDir, hash_tensors, layer_file
+from s3lab.shapes import Integer
+from s3lab.solvers import make_solver
+from s3lab.solvers.base import Solver
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Step(NamedTuple):
+    """How far a run is: ``solved`` of ``total`` matrices, in layer ``layer`` of ``layers``, the last one's error."""
+
+    solved: int
+    total: int
+    layer: int
+    layers: int
+    name: str
+    error: float | None
+
+
+@dataclass
+class Run:
+    """What `prune_model` did: the model, pruned in place, a row per matrix and per layer, and how it was made.
+
+    ``manifest`` holds the settings and facts; ``damaged`` the files of the run directory that were found to be not as
+    written, and were made again.
+    """
+
+    model: PreTrainedModel
+    matrices: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+    manifest: dict[str, Any]
+    damaged: list[str] = field(default_factory=list)
+
+    @property
+    def density(self) -> float:
+        """Share of the weights kept, over all matrices that were to be pruned."""
+        sizes = [prod(row["shape"]) for row in self.matrices]
+        return sum(row["density"] * n for row, n in zip(self.matrices, sizes, strict=True)) / sum(sizes)
+
+
+def prune_model(
+    model: PreTrainedModel,
+    calibration_ids: Integer[Tensor, "N L"],
+    spec: str | Spec | Mapping[str, str | Spec],
+    solver: str | Solver | Mapping[str, str | Solver] = "sobs",
+    *,
+    damp: float = 1e-2,
+    refit: bool = False,
+    held_out: float = 0.1,
+    hessians: str = "pruned",
+    batch: int = 8,
+    scarce: float | None = None,
+    min_tokens: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | Callable[[Step], object] = True,
+    measure: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Run:
+    """Prune the matrices in the decoder layers of a model, in place, and return the Run.
+
+    Within a layer the matrices are pruned in the order in which their inputs become available, each on second
+    moments of its inputs in the model as pruned so far; ``hessians="dense"`` takes those of the dense model.
+    calibration_ids (N, L) int64 are sequences; a share ``held_out`` of them, drawn with ``seed``, enters no second
+    moment and gives the held-out errors.  Weights keep their dtype, and the mode of the model is left as it was.
+
+    ``spec`` and ``solver`` are for all matrices, or tables of globs over their names, with or without what stands
+    before the list of layers, of which the first match wins; the spec "dense" leaves a matrix alone.  A matrix that
+    is not given every token, such as an expert, and saw fewer than ``min_tokens`` (its inputs, if None) is left
+    dense, or pruned with damping ``scarce``, and its row says so in ``note``.
+
+    ``batch`` sequences at a time are on ``device`` (the model's own, if None), with one layer and its second moments;
+    hidden states rest on the CPU, or with ``out`` on disk.  ``out`` names a run directory: the same call on the same
+    dense model goes on after the last whole layer, and on a CPU ends with the same bits.  ``progress`` is a bar, or
+    a function of each Step; figures of ``measure(model)`` after each layer join that layer's row; ``provenance`` is
+    kept in the manifest.
+
+    Raises SpecError for specs that fit no matrix and globs that match none, DataError for a model that is not a
+    chain of layers, too few sequences and a run directory of other settings, SolveError where a solver cannot go on.
+    Cost: a forward pass of each layer per stage, and two more, over all sequences, beside that of the solver.
+
+    >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+    >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    >>> model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    >>> run = prune_model(model, torch.arange(64).view(4, 16), "2:4", "wanda", progress=False)
+    >>> run.density, len(run.matrices), [row["layer"] for row in run.layers]
+    (0.5, 14, [0, 1])
+    """
+    from s3lab import __version__  # which is there only when the package is
+
+    specs = spec if isinstance(spec, Mapping) else {"*": spec}
+    solvers = solver if isinstance(solver, Mapping) else {"*": solver}
+    solvers = {glob: make_solver(value) for glob, value in solvers.items()}
+    options: dict[str, Any] = {
+        "damp": damp,
+        "refit": refit,
+        "hessians": hessians,
+        "scarce": scarce,
+        "min_tokens": min_tokens,
+    }
+    decoder, place = find_decoder(model), torch.device(device or model.device)
+    recipe = Recipe(choose_specs(decoder, specs), choose(decoder, solvers), **options)
+    chunks = cut_chunks(calibration_ids, held_out, batch, seed)
+    settings = {
+        **_fingerprint(model),
+        "calibration": hash_tensors({"ids": calibration_ids}),
+        "spec": {glob: str(value) for glob, value in specs.items()},
+        "solver": {glob: repr(value) for glob, value in solvers.items()},
+        **options,
+        "held_out": held_out,
+        "batch": batch,
+        "seed": seed,
+        "device": place.type,
+        "versions": {"python": platform.python_version(), "s3lab": __version__}
+        | {package: version(package) for package in ("torch", "transformers")},
+    }
+    facts = {
+        "sequences": len(calibration_ids),
+        "length": calibration_ids.shape[1],
+        "calibration_tokens": sum(chunk.ids.numel() for chunk in chunks if not chunk.held_out),
+        "threads": torch.get_num_threads(),
+        "provenance": dict(provenance or {}),
+    }
+    rundir = None if out is None else RunDir(out, settings, facts)
+    done = sum(len(record["matrices"]) for record in rundir.layers) if rundir else 0
+    with torch.no_grad(), _as_evaluated(model, decoder), _report(progress, len(recipe.specs), done) as report:
+        records = _walk(model, decoder, chunks, recipe, place, rundir, measure, report)
+    return Run(
+        model,
+        [row for record in records for row in record["matrices"]],
+        [record["layer"] for record in records],
+        {"settings": settings, "facts": facts},
+        rundir.damaged if rundir else [],
+    )
+
+
+def _walk(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    chunks: list[Chunk],
+    recipe: Recipe,
+    place: torch.device,
+    rundir: RunDir | None,
+    measure: Callable[[PreTrainedModel], Mapping[str, float]] | None,
+    report: Callable[[Step], object],
+) -> list[dict[str, Any]]:
+    """Take all layers in turn, those that are finished from the run directory, and return their records."""
+    records = list(rundir.layers) if rundir else []
+    finished, count = len(records), len(decoder.layers)
+    # without an intact state, the finished layers are walked through again, which gives it bit by bit
+    start = finished if finished == count else rundir.usable_state() if rundir else 0
+    if rundir:
+        for index in range(start):
+            _restore(rundir, decoder, index)
+        if finished == count:
+            rundir.close()
+            return records
+    flow = Flow(model, decoder, chunks, place, rundir)
+    if start == 0:
+        flow.embed()
+    solved = sum(len(record["matrices"]) for record in records)
+    for index in range(start, count):
+
+        def tell(name: str, error: float | None, index: int = index) -> None:
+            nonlocal solved
+            solved += 1
+            report(Step(solved, len(recipe.specs), index, count, name, error))
+
+        began = time.perf_counter()
+        with _resident(decoder.layers[index], place):
+            if rundir and index < finished:
+                flow.advance_dense(index)
+                _restore(rundir, decoder, index)
+                flow.advance_pruned(index)
+                flow.drop(index)
+                continue
+            rows = prune_layer(flow, index, recipe, tell)
+            apart = flow.advance_pruned(index)
+        before = records[-1]["layer"]["time_s"] if records else 0.0
+        layer = {"layer": index, **apart, "time_s": before + time.perf_counter() - began}
+        layer.update(measure(model) if measure else {})
+        records.append({"matrices": rows, "layer": layer})
+        if rundir:
+            rundir.commit(_weights(decoder, index, rows), records[-1])
+        flow.drop(index)
+    if rundir:
+        rundir.close()
+    return records
+
+
+def _weights(decoder: Decoder, index: int, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    matrices = decoder.matrices[index]
+    return {name: matrices[name].weight for name in (f"{decoder.name}.{index}.{row['name']}" for row in rows)}
+
+
+def _restore(rundir: RunDir, decoder: Decoder, index: int) -> None:
+    for name, W in rundir.load(layer_file(index)).items():
+        decoder.matrices[index][name].weight.copy_(W)
+
+
+@contextmanager
+def _as_evaluated(model: PreTrainedModel, decoder: Decoder) -> Iterator[None]:
+    """Have the model in evaluation mode, and its experts, if any, multiply one by one as its own code says."""
+    training, experts = model.training, getattr(model.config, "_experts_implementation", "eager")
+    stacked = any(m.expert is not None for matrices in decoder.matrices for m in matrices.values())
+    model.eval()
+    if stacked:
+        model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.train(training)
+        if stacked:
+            model.set_experts_implementation(experts)
+
+
+@contextmanager
+def _resident(layer: nn.Module, place: torch.device) -> Iterator[None]:
+    home = next(layer.parameters()).device
+    layer.to(place)
+    try:
+        yield
+    finally:
+        layer.to(home)
+
+
+@contextmanager
+def _report(progress: bool | Callable[[Step], object], total: int, done: int) -> Iterator[Callable[[Step], object]]:
+    """Yield what hears of each step: the function given, a bar, or nothing."""
+    if progress is False:
+        yield lambda step: None
+    elif callable(progress):
+        yield progress
+    else:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total, initial=done, unit="matrix") as bar:
+
+            def show(step: Step) -> None:
+                error = "left dense" if step.error is None else f"error {step.error:.2%}"
+                bar.set_postfix_str(f"layer {step.layer + 1}/{step.layers}, {step.name}, {error}", refresh=False)
+                bar.update(step.solved - bar.n)
+
+            yield show
+
+
+def _fingerprint(model: PreTrainedModel) -> dict[str, str]:
+    """What tells one model from another: its class, its configuration and its weights."""
+    config = {**model.config.to_dict(), "attention": model.config._attn_implementation}
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    text = json.dumps(config, sort_keys=True, default=str)
+    return {
+        "model": type(model).__name__,
+        "config": hashlib.sha256(text.encode()).hexdigest(),
+        "weights": hash_tensors(dict(model.named_parameters())),
+    }

@@ -1,0 +1,102 @@
+"""The house: a floor imports only from those below it, a solver from no other, and a file has one concept."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "s3lab"
+GROUND = {"errors", "shapes"}
+FLOORS = ("algebra", "tensors", "solvers", "models", "lab")
+FILES = sorted(PACKAGE.rglob("*.py"))
+SHARED_BY_SOLVERS = {"base", "refit"}
+LIGHT = {"torch", "numpy", "s3lab"}
+
+
+def imported(path: Path, top_level_only: bool = False) -> set[str]:
+    """Dotted names of the modules that a file imports; those for type checkers aside."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
+        for line in test.body
+        for node in ast.walk(line)
+    }
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names: set[str] = set()
+    for node in nodes:
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports by a relative name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def home(path: Path) -> str:
+    """The floor of a file, or its own name on the ground floor."""
+    return path.relative_to(PACKAGE).parts[0]
+
+
+def each(files: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", files, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+@each([path for path in FILES if home(path) in FLOORS])
+def test_a_floor_imports_only_from_below(path):
+    allowed = GROUND | set(FLOORS[: FLOORS.index(home(path)) + 1])
+    inside = {name.split(".")[1] for name in imported(path) if name.split(".")[0] == "s3lab"}
+    assert inside - {"__version__"} <= allowed
+
+
+@each(FILES)
+def test_a_file_is_short_but_for_its_docstrings(path):
+    source = path.read_text()
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = [ast.get_docstring(n) or "" for n in ast.walk(ast.parse(source)) if isinstance(n, owners)]
+    assert len(source.splitlines()) - sum(len(text.splitlines()) for text in docstrings) <= 300
+
+
+@each([path for path in FILES if home(path) != "lab"])
+def test_outside_the_lab_only_light_packages_are_imported_at_once(path):
+    outside = {name.split(".")[0] for name in imported(path, top_level_only=True)}
+    assert outside - set(sys.stdlib_module_names) <= LIGHT
+
+
+def test_the_algebra_knows_no_tensor_library():
+    for path in FILES:
+        if home(path) == "algebra":
+            assert {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) <= {"s3lab"}
+
+
+def test_solvers_never_import_each_other():
+    for path in (PACKAGE / "solvers").glob("*.py"):
+        inside = {name.split(".")[2] for name in imported(path) if name.startswith("s3lab.solvers.")}
+        if path.stem not in {"__init__", *SHARED_BY_SOLVERS}:
+            assert inside <= SHARED_BY_SOLVERS, f"{path.name} imports {inside}"
+
+
+def test_no_solver_names_a_pattern_and_no_pattern_a_solver():
+    solvers = {path.stem for path in (PACKAGE / "solvers").glob("*.py")} - {"__init__", *SHARED_BY_SOLVERS}
+    for path in (PACKAGE / "solvers").glob("[!_]*.py"):
+        assert not any(name.startswith("s3lab.algebra.patterns") for name in imported(path))
+    for path in (PACKAGE / "algebra").glob("*.py"):
+        assert not solvers & {part for name in imported(path) for part in name.split(".")}
+
+
+def test_nothing_is_evaluated_pickled_or_swallowed():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"eval", "exec"}, path
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None and ast.unparse(node.type) not in {
+                    "Exception",
+                    "BaseException",
+                }, path
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "pickle" not in ast.unparse(node), path

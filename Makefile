@@ -4,7 +4,8 @@ PROFILE  ?= quick
 BIN      := .venv/bin
 STAMP    := .venv/installed
 
-export OMP_NUM_THREADS ?= $(shell nproc)
+# Threads that wait without spinning: on a shared machine spinning ones slow each other down a hundredfold.
+export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

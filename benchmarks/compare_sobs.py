@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch.nn import Parameter
 
 import s3lab as s3
+from s3lab.lab.record import device_name
 from s3lab.models.layers import generate_layer
 from s3lab.tensors.meter import Meter
 
@@ -71,7 +71,7 @@ def main() -> None:
         "damp": args.damp,
         "repeats": args.repeats,
         "threads": torch.get_num_threads(),
-        "device": platform.machine(),
+        "device": device_name("cpu"),
         "torch": torch.__version__,
         "sparsekit": version("sparsekit"),
         "commit": commit,

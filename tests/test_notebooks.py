@@ -114,5 +114,5 @@ def test_no_two_notebooks_make_the_same_file():
     for path in NOTEBOOKS:
         for node in ast.walk(code(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("run.table", "run.figure"):
-                name = ast.literal_eval(node.args[1])
+                name = ast.unparse(node.args[1])
                 assert made.setdefault(name, path.stem) == path.stem

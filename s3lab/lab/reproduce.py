@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 import nbformat
@@ -26,9 +27,6 @@ from traitlets.config import Config
 
 from s3lab.errors import DataError
 from s3lab.lab.record import FIGURES
-
-# Kernels listen on files of their user's, not on ports that everyone on the machine can reach.
-_SOCKETS = Config(KernelManager={"transport": "ipc"})
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,9 @@ def reproduce(
     (out / "runs").mkdir(parents=True, exist_ok=True)
     cells = {job.name: count_cells(job.notebook) for job in jobs}
     outcomes: list[Outcome] = []
-    with _figures(out), tqdm(total=sum(cells.values()), unit="cell", file=progress) as bar:
+    # Threads that spin while they wait slow each other down a hundredfold on a machine that is shared.
+    surroundings = {FIGURES: str(out), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
+    with _surround(**surroundings), tqdm(total=sum(cells.values()), unit="cell", file=progress) as bar:
         for job in jobs:
             bar.set_description(job.name)
             after = bar.n + cells[job.name]
@@ -167,15 +167,17 @@ def _run(job: Job, out: Path, bar: tqdm) -> Outcome:
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     began, error = time.perf_counter(), None
     try:
-        papermill.execute_notebook(
-            job.notebook.resolve(),
-            out / "runs" / job.notebook.name,
-            job.parameters,
-            cwd=job.notebook.parent.resolve(),
-            progress_bar=False,
-            on_cell_executed=lambda **_: bar.update(1),
-            config=_SOCKETS,
-        )
+        # The kernel listens on files of its user's, not on ports that everyone on the machine can reach.
+        with TemporaryDirectory(prefix="s3lab-") as folder:
+            papermill.execute_notebook(
+                job.notebook.resolve(),
+                out / "runs" / job.notebook.name,
+                job.parameters,
+                cwd=job.notebook.parent.resolve(),
+                progress_bar=False,
+                on_cell_executed=lambda **_: bar.update(1),
+                config=Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"}),
+            )
     except PapermillExecutionError as failure:
         error = f"{failure.ename}: {failure.evalue}".splitlines()[0]
     except DeadKernelError:
@@ -198,11 +200,12 @@ def _find(name: str, there: dict[str, Path]) -> str:
 
 
 @contextmanager
-def _figures(out: Path) -> Iterator[None]:
-    """Let the kernels started inside write their tables and figures to ``out``."""
-    before = os.environ.get(FIGURES)
-    os.environ[FIGURES] = str(out)
+def _surround(**variables: str) -> Iterator[None]:
+    """Give the kernels started inside these environment variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.pop(FIGURES) if before is None else os.environ.update({FIGURES: before})
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

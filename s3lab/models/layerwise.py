@@ -58,7 +58,7 @@ def choose_specs(decoder: Decoder, table: Mapping[str, str | Spec]) -> dict[str,
         for name, matrix in matrices.items():
             if name in specs:
                 with _naming(name):
-                    specs[name].bind(tuple(matrix.weight.shape))
+                    specs[name].bind((matrix.weight.shape[0], matrix.weight.shape[1]))
     return specs
 
 

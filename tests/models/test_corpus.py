@@ -153,10 +153,10 @@ def test_the_hub_is_streamed_in_an_order_of_the_seed(hub):
 
 def test_windows_of_the_hub_are_cut_from_the_stream(hub):
     text = "\n\n".join(corpus.read("calibration", "c4", seed=5))
-    ids = corpus.tokens(Letters(), "calibration", 30, count=4, seed=5, source="c4")
+    ids = corpus.tokens(LETTERS, "calibration", 30, count=4, seed=5, source="c4")
     assert sorted("".join(map(chr, row)) for row in ids.tolist()) == sorted(text[i : i + 30] for i in range(0, 120, 30))
     with pytest.raises(DataError, match=r"'c4' has .* windows of 30 tokens, not 1000"):
-        corpus.tokens(Letters(), "test", 30, count=1000, source="c4")
+        corpus.tokens(LETTERS, "test", 30, count=1000, source="c4")
 
 
 @pytest.mark.parametrize("source", ["c4", "wikitext", "wikitext-103"])
@@ -172,7 +172,7 @@ def test_without_a_network_the_hub_says_what_to_do(source):
         (lambda: corpus.text("valid"), "no split is called 'valid': choose one of test, calibration"),
         (lambda: corpus.read("valid", "c4"), "no split is called 'valid'"),
         (lambda: corpus.text("test", "c4"), "'c4' is streamed, never read as a whole: ask for a number"),
-        (lambda: corpus.tokens(Letters(), "test", 9, source="c4"), "'c4' is streamed"),
+        (lambda: corpus.tokens(LETTERS, "test", 9, source="c4"), "'c4' is streamed"),
         (lambda: corpus.text("test", "nowhere.txt"), "no text in 'nowhere.txt'"),
         (lambda: corpus.tokens(LETTERS, "test", 100, count=10**6), "windows of 100 tokens, not 1000000"),
         (lambda: corpus.tokens(LETTERS, "test", 10**9), "0 windows of 1000000000 tokens, not 1: ask"),

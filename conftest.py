@@ -1,6 +1,7 @@
 """How pytest runs: properties repeat, slow and GPU tests are skipped aloud, figures/ is left alone."""
 
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -31,8 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set what the kernels of notebooks inherit: no network, and a folder of their own for figures."""
+    """Set what the kernels of notebooks inherit: no network, and figures of their own, with the tables some read."""
     figures = tempfile.TemporaryDirectory(prefix="s3lab-figures-")
+    for table in (config.rootpath / "figures").glob("prune_*.csv"):
+        shutil.copy(table, figures.name)
     config.add_cleanup(figures.cleanup)
     os.environ |= {"S3LAB_FIGURES": figures.name, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -5,6 +5,7 @@ from s3lab.algebra.partition import Partition
 from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.algebra.spec import Block, Scope, Spec, View
 from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
+from s3lab.models.sequential import prune_model
 from s3lab.solvers import OBD, SOBS, SOLVERS, Magnitude, Refit, Solution, SparseGPT, Wanda, prune
 from s3lab.tensors.hessian import Moment, hessian, output_error
 from s3lab.tensors.problem import Problem
@@ -36,5 +37,6 @@ __all__ = [
     "output_error",
     "parse",
     "prune",
+    "prune_model",
 ]
 __version__ = "0.1.0"

@@ -5,6 +5,7 @@ Source: A. Ghriss, *S³: Structured Sparsity Specification*, arXiv 2604.11315.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -171,20 +172,19 @@ class Spec:
         """The budget of a scope: a count of blocks, or a share."""
         return self.scope.keep
 
-    def bind(self, shape: tuple[int, int]) -> Partition:
+    def bind(self, shape: Sequence[int]) -> Partition:
         """Return the canonical layout on a weight of ``shape`` (M, K).
 
         Raises ShapeError unless the shape is two positive integers, SpecError where the view does not cover the
         weight or a mode is not divided exactly.
         """
-        shape = tuple(shape)
         if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape):
-            raise ShapeError(f"a spec binds to a weight (M, K) of two positive extents, not to {shape}")
-        return _bind_spec(self, shape)
+            raise ShapeError(f"a spec binds to a weight (M, K) of two positive extents, not to {tuple(shape)}")
+        return _bind_spec(self, (shape[0], shape[1]))
 
     def check(self, mask: Tensor) -> None:
         """Raise SpecError, naming the first scope at fault, unless ``mask`` (M, K) keeps what this spec asks for."""
-        self.bind(tuple(mask.shape)).check(mask)
+        self.bind(mask.shape).check(mask)
 
     def __str__(self) -> str:
         return text.write(Parts(self.view.shape, self.view.stride, self.block.shape, self.scope.shape, self.keep))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from s3lab.errors import DataError
 
@@ -113,7 +114,7 @@ def scatter(
     """
     _expect(df, x, y, hue, panel)
     panels = [(None, df)] if panel is None else list(df.groupby(panel, sort=False))
-    top = 1.05 * float(max(df[x].max(), df[y].max()))
+    top = 1.05 * df[[x, y]].to_numpy().max()
     with style():
         fig, axes = _grid(len(panels), width, columns, tall=1.0)
         for ax, (title, part) in zip(axes, panels, strict=True):
@@ -145,8 +146,8 @@ def heat(
 
     _expect(df, x, y, value, panel)
     panels = [(None, df)] if panel is None else list(df.groupby(panel, sort=False))
-    most = float(df[value].abs().max())
-    tall = 0.3 * df[y].nunique() + 0.7
+    most = np.abs(df[value].to_numpy()).max()
+    tall = 0.3 * len(df[y].unique()) + 0.7
     with style({"axes.grid": False}):
         fig = Figure(figsize=(width, tall), layout="constrained")
         axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -217,7 +218,7 @@ def _grid(count: int, width: float, columns: int, tall: float = 0.68) -> tuple[F
     """Return a figure with ``count`` axes of one scale, ``columns`` in a row."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    fig = Figure(figsize=(width, tall * width / columns * rows + 0.3 * (count > 1)), layout="constrained")
+    fig = Figure(figsize=(width, tall * width / columns * rows + 0.3), layout="constrained")
     axes = fig.subplots(rows, columns, sharex=count > 1, sharey=count > 1, squeeze=False).ravel()
     for ax in axes[count:]:
         ax.set_axis_off()
@@ -225,11 +226,10 @@ def _grid(count: int, width: float, columns: int, tall: float = 0.68) -> tuple[F
 
 
 def _legend(fig: Figure, axes: list[Axes], hue: str | None) -> None:
-    if hue is not None and len(axes) == 1:
-        axes[0].legend(title=_words(hue))
-    elif hue is not None:
+    if hue is not None:
         handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, ncols=len(labels), loc="outside upper center")
+        fig.legend(handles, labels, ncols=min(len(labels), 3 if len(axes) == 1 else 8), loc="outside upper center")
+    if len(axes) > 1:
         for ax in axes:
             ax.label_outer()
 
@@ -245,7 +245,8 @@ def _bars(ax: Axes, at: np.ndarray, heights: Any, thick: float, i: int, name: st
         edgecolor=INK,
         linewidth=0.5,
     )
-    ax.bar_label(drawn, fmt=f"%.{digits}f", fontsize=6, padding=1)
+    halo = [withStroke(linewidth=1.5, foreground="white")]
+    ax.bar_label(drawn, fmt=f"%.{digits}f", fontsize=6, padding=1, path_effects=halo, zorder=4)
 
 
 def _marks(ax: Axes, at: np.ndarray, levels: Any, thick: float, label: str) -> None:

@@ -1,7 +1,7 @@
 """Run the notebooks of a profile with papermill, and say what they made.
 
 A profile is a YAML file, ``{notebook: {parameter: value}}``: the notebooks it runs, and where it differs from
-their defaults.
+their defaults.  A notebook with a list of such sets of values runs once for each.
 """
 
 from __future__ import annotations
@@ -31,14 +31,11 @@ from s3lab.lab.record import FIGURES
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook to run, with the parameters that a profile sets."""
+    """One notebook to run, with the parameters that a profile sets, and what the run is called."""
 
     notebook: Path
     parameters: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.notebook.stem
+    name: str
 
 
 @dataclass(frozen=True)
@@ -87,20 +84,27 @@ def plan(names: Iterable[str], profile: str, notebooks: str | Path) -> list[Job]
     if not there:
         raise DataError(f"no notebooks in {folder}/: run this at the root of the repository")
     settings = read_profile(profile, folder)
-    for name, values in settings.items():
+    for name, sets in settings.items():
         if name not in there:
             raise DataError(f"profile {profile}: no notebook {name}; there are {', '.join(there)}")
         known = read_parameters(there[name])
-        if unknown := ", ".join(key for key in values if key not in known):
+        if unknown := ", ".join(key for values in sets for key in values if key not in known):
             raise DataError(f"profile {profile}: {name} has no parameter {unknown}; it has {', '.join(known)}")
     chosen = {_find(name, there) for name in names} or set(settings)
     if not chosen:
         raise DataError(f"profile {profile} names no notebook: there are {', '.join(there)}")
-    return [Job(path, settings.get(name, {})) for name, path in there.items() if name in chosen]
+    jobs = []
+    for name, path in there.items():
+        sets = settings.get(name, [{}]) if name in chosen else []
+        jobs += [Job(path, v, name if len(sets) == 1 else f"{name}-{i}") for i, v in enumerate(sets, 1)]
+    return jobs
 
 
-def read_profile(profile: str, notebooks: Path) -> dict[str, dict[str, Any]]:
-    """Return a profile by name (``quick`` is notebooks/profiles/quick.yaml) or by the path of a YAML file."""
+def read_profile(profile: str, notebooks: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the sets of values for each notebook of a profile, by name or by the path of a YAML file.
+
+    ``quick`` is notebooks/profiles/quick.yaml.
+    """
     is_file = profile.endswith((".yaml", ".yml"))
     path = Path(profile) if is_file else notebooks / "profiles" / f"{profile}.yaml"
     if not path.is_file():
@@ -110,9 +114,13 @@ def read_profile(profile: str, notebooks: Path) -> dict[str, dict[str, Any]]:
         settings = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise DataError(f"profile {path} is not YAML: {error}") from None
-    if not isinstance(settings, dict) or any(not isinstance(v, dict | None) for v in settings.values()):
-        raise DataError(f"profile {path} must map each notebook to parameters: {{notebook: {{name: value}}}}")
-    return {str(name): values or {} for name, values in settings.items()}
+    given: Iterable[tuple[Any, Any]] = settings.items() if isinstance(settings, dict) else [("", 0)]
+    sets: dict[str, list[Any]] = {str(name): values if isinstance(values, list) else [values] for name, values in given}
+    if not all(each and all(isinstance(values, dict | None) for values in each) for each in sets.values()):
+        raise DataError(
+            f"profile {path} must map each notebook to parameters, {{notebook: {{name: value}}}}, or to a list of such"
+        )
+    return {name: [values or {} for values in each] for name, each in sets.items()}
 
 
 def read_parameters(notebook: Path) -> dict[str, Any]:
@@ -139,7 +147,7 @@ def count_cells(notebook: Path) -> int:
 def summarise(outcomes: Iterable[Outcome], out: str | Path) -> str:
     """Return the report of a run, a line for each notebook: what was made, how long it took, what failed.
 
-    >>> job = Job(Path("notebooks/01_read_a_pattern.ipynb"), {})
+    >>> job = Job(Path("notebooks/01_read_a_pattern.ipynb"), {}, "01_read_a_pattern")
     >>> print(summarise([Outcome(job, (Path("figures/patterns.csv"),), 9.5, None)], "figures"))
     01_read_a_pattern     9.5 s  patterns (.csv)
     1 of 1 notebooks ran in 10 s; files made in figures/: 1
@@ -171,7 +179,7 @@ def _run(job: Job, out: Path, bar: tqdm) -> Outcome:
         with TemporaryDirectory(prefix="s3lab-") as folder:
             papermill.execute_notebook(
                 job.notebook.resolve(),
-                out / "runs" / job.notebook.name,
+                out / "runs" / f"{job.name}.ipynb",
                 job.parameters,
                 cwd=job.notebook.parent.resolve(),
                 progress_bar=False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -38,10 +38,11 @@ def find_linears(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[
 def accumulate(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Moment]]:
     """Collect the second moment of each layer's inputs during the forward passes inside the block."""
     moments = {name: Moment() for name in layers}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, moment=moments[name]: moment.add(inputs[0]))
-        for name, layer in layers.items()
-    ]
+
+    def feed(moment: Moment) -> Callable[..., None]:
+        return lambda _, inputs: moment.add(inputs[0])
+
+    hooks = [layer.register_forward_pre_hook(feed(moments[name])) for name, layer in layers.items()]
     try:
         yield moments
     finally:

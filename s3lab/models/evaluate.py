@@ -113,15 +113,15 @@ def evaluate_lm_eval(
             found = simple_evaluate(
                 # lm_eval gives the tokenizer a padding token: the caller's stays as it is.
                 HFLM(
-                    model,
+                    model,  # pyright: ignore[reportCallIssue]
                     backend="causal",
                     tokenizer=deepcopy(tokenizer),
                     max_length=length,
                     batch_size=batch,
                     softmax_dtype=torch.float32,
                 ),
-                tasks=[*([_define_task(documents)] if documents else []), *tasks],
-                task_manager=manager,
+                tasks=[*([_define_task(documents)] if documents else []), *tasks],  # pyright: ignore[reportCallIssue]
+                task_manager=manager,  # pyright: ignore[reportCallIssue]
                 limit=limit,
                 bootstrap_iters=1000,
                 log_samples=False,
@@ -193,7 +193,7 @@ def _check_window(model: PreTrainedModel, length: int, stride: int, batch: int) 
 
 def _find_prefix(tokenizer: PreTrainedTokenizerBase) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if isinstance(token, int):
             return token
     raise DataError("the tokenizer has no beginning- or end-of-text token to begin with: set its bos_token")
 

@@ -49,7 +49,7 @@ def cut_chunks(ids: Integer[Tensor, "N L"], held_out: float, batch: int, seed: i
     [(5, False), (3, False), (2, True)]
     """
     if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
-        raise ShapeError(f"calibration_ids {tuple(ids.shape)}, {ids.dtype}: expected sequences of tokens, int64 (N, L)")
+        raise ShapeError(f"calibration {tuple(ids.shape)}, {ids.dtype}: expected sequences of tokens, int64 (N, L)")
     if not 0 <= held_out < 1 or batch < 1:
         raise DataError(f"held_out = {held_out} and batch = {batch}: a share from 0 below 1, and at least 1 sequence")
     aside = max(1, round(held_out * len(ids))) if held_out else 0

@@ -34,7 +34,7 @@ def load_model(
     source, local = (str(place), True) if place.is_dir() else (str(name), False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source,
             dtype=dtype,
             local_files_only=local,

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from s3lab.algebra.spec import Spec
+from s3lab.errors import DataError
+from s3lab.models import corpus
 from s3lab.models.decoder import Decoder, find_decoder
 from s3lab.models.flow import Chunk, Flow, cut_chunks
 from s3lab.models.layerwise import Recipe, choose, choose_specs, prune_layer
@@ -27,7 +29,7 @@ from s3lab.solvers import make_solver
 from s3lab.solvers.base import Solver
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Step(NamedTuple):
@@ -64,10 +66,13 @@ class Run:
 
 def prune_model(
     model: PreTrainedModel,
-    calibration_ids: Integer[Tensor, "N L"],
+    tokenizer: PreTrainedTokenizerBase | None,
     spec: str | Spec | Mapping[str, str | Spec],
     solver: str | Solver | Mapping[str, str | Solver] = "sobs",
     *,
+    calibration: str | Path | Integer[Tensor, "N L"] = "stdlib",
+    sequences: int = 128,
+    length: int = 256,
     damp: float = 1e-2,
     refit: bool = False,
     held_out: float = 0.1,
@@ -86,8 +91,9 @@ def prune_model(
 
     Within a layer the matrices are pruned in the order in which their inputs become available, each on second
     moments of its inputs in the model as pruned so far; ``hessians="dense"`` takes those of the dense model.
-    calibration_ids (N, L) int64 are sequences; a share ``held_out`` of them, drawn with ``seed``, enters no second
-    moment and gives the held-out errors.  Weights keep their dtype, and the mode of the model is left as it was.
+    ``calibration`` is a source of text as `corpus.tokens` takes it, of which ``sequences`` of ``length`` tokens are
+    drawn with ``seed``, or ready sequences (N, L) int64, which need no tokenizer; a share ``held_out`` of them enters
+    no second moment and gives the held-out errors.  Weights keep their dtype, the model its mode.
 
     ``spec`` and ``solver`` are for all matrices, or tables of globs over their names, with or without what stands
     before the list of layers, of which the first match wins; the spec "dense" leaves a matrix alone.  A matrix that
@@ -107,7 +113,7 @@ def prune_model(
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
     >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     >>> model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
-    >>> run = prune_model(model, torch.arange(64).view(4, 16), "2:4", "wanda", progress=False)
+    >>> run = prune_model(model, None, "2:4", "wanda", calibration=torch.arange(64).view(4, 16), progress=False)
     >>> run.density, len(run.matrices), [row["layer"] for row in run.layers]
     (0.5, 14, [0, 1])
     """
@@ -124,11 +130,16 @@ def prune_model(
         "min_tokens": min_tokens,
     }
     decoder, place = find_decoder(model), torch.device(device or model.device)
+    ids = calibration
+    if not isinstance(ids, Tensor):
+        if tokenizer is None:
+            raise DataError(f"the text of {str(ids)!r} needs a tokenizer: give the model's, or ready sequences")
+        ids = corpus.tokens(tokenizer, "calibration", length, sequences, seed, ids)
     recipe = Recipe(choose_specs(decoder, specs), choose(decoder, solvers), **options)
-    chunks = cut_chunks(calibration_ids, held_out, batch, seed)
+    chunks = cut_chunks(ids, held_out, batch, seed)
     settings = {
         **_fingerprint(model),
-        "calibration": hash_tensors({"ids": calibration_ids}),
+        "calibration": hash_tensors({"ids": ids}),
         "spec": {glob: str(value) for glob, value in specs.items()},
         "solver": {glob: repr(value) for glob, value in solvers.items()},
         **options,
@@ -140,8 +151,8 @@ def prune_model(
         | {package: version(package) for package in ("torch", "transformers")},
     }
     facts = {
-        "sequences": len(calibration_ids),
-        "length": calibration_ids.shape[1],
+        "sequences": len(ids),
+        "length": ids.shape[1],
         "calibration_tokens": sum(chunk.ids.numel() for chunk in chunks if not chunk.held_out),
         "threads": torch.get_num_threads(),
         "provenance": dict(provenance or {}),

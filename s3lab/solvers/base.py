@@ -73,7 +73,7 @@ class Solver(ABC):
         while True:
             try:
                 return problem, *self.solve(problem, part)
-            except torch.linalg.LinAlgError:
+            except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
                 problem = problem.damped_more()
 
 

@@ -25,6 +25,7 @@ class Meter:
 
     time_s: float = float("nan")
     mem_mib: float | None = None
+    _base: int | None = None
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
@@ -44,11 +45,8 @@ class Meter:
     ) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.time_s = time.perf_counter() - self._start
-            self.mem_mib = (torch.cuda.max_memory_allocated(self.device) - self._base) / _MIB
-            return
         self.time_s = time.perf_counter() - self._start
-        peak = _resident("VmHWM")
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmHWM")
         if self._base is not None and peak is not None:
             self.mem_mib = max(0.0, (peak - self._base) / _MIB)
 

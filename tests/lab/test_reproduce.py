@@ -66,6 +66,11 @@ def test_a_notebook_is_named_by_number_name_or_path(house, name):
     assert planned(name) == [("01_make_file", {"size": 7})]
 
 
+def test_a_list_of_sets_runs_a_notebook_once_for_each(house):
+    (house / "mine.yaml").write_text("01_make_file: [{size: 1}, {size: 2}]")
+    assert planned(profile="mine.yaml") == [("01_make_file-1", {"size": 1}), ("01_make_file-2", {"size": 2})]
+
+
 def test_a_profile_may_be_a_file_and_name_some_only(house):
     (house / "mine.yaml").write_text("01_make_file: {name: b}")
     assert planned(profile="mine.yaml") == [("01_make_file", {"name": "b"})]
@@ -79,6 +84,8 @@ def test_a_profile_may_be_a_file_and_name_some_only(house):
         ("07_gone: {}", "no notebook 07_gone; there are 00_break_early, 01_make_file"),
         ("- 1", "must map each notebook"),
         ("01_make_file: 3", "must map each notebook"),
+        ("01_make_file: []", "must map each notebook"),
+        ("01_make_file: [{sise: 7}]", "01_make_file has no parameter sise"),
         ("a: [", "is not YAML"),
         ("{}", "names no notebook"),
     ],

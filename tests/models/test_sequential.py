@@ -63,7 +63,7 @@ def stop_after(count):
 def test_every_family_is_pruned_saved_and_loaded_again(make_tiny, ids, family, tmp_path):
     model = make_tiny(family)
     untouched = {name: tensor for name, tensor in weights(model).items() if "layers" not in name and ".h." not in name}
-    run = prune_model(model, ids, "2:4", "sparsegpt", min_tokens=0, **QUIET)
+    run = prune_model(model, None, "2:4", "sparsegpt", min_tokens=0, **QUIET, calibration=ids)
     assert len(run.matrices) == len(matrices(model)) and run.density == 0.5
     for W in matrices(model).values():
         s3lab.parse("2:4").check(W != 0)
@@ -77,7 +77,9 @@ def test_every_family_is_pruned_saved_and_loaded_again(make_tiny, ids, family, t
 
 def test_a_saved_model_brings_the_record_of_its_run_and_a_card(make_tiny, ids, tmp_path):
     model = make_tiny("Qwen3")
-    run = prune_model(model, ids, {"*.mlp.*": "1:4", "*": "2:4"}, "wanda", provenance={"text": "a poem"}, **QUIET)
+    run = prune_model(
+        model, None, {"*.mlp.*": "1:4", "*": "2:4"}, "wanda", provenance={"text": "a poem"}, **QUIET, calibration=ids
+    )
     save_pruned(model, None, tmp_path, run)
     record = json.loads((tmp_path / "s3lab.json").read_text())
     assert record["settings"]["spec"] == {"*.mlp.*": "1:4", "*": "2:4"} and record["matrices"] == run.matrices
@@ -122,7 +124,7 @@ def prune_plainly(model, ids, spec, solver):
 @pytest.mark.parametrize("solver", ["sobs", "sparsegpt", "magnitude"])
 def test_a_run_is_a_plain_loop_from_the_tokens_on_at_every_stage(make_tiny, ids, kind, solver):
     model, plain = make_tiny(kind).double(), make_tiny(kind).double()
-    run = prune_model(model, ids, "2:4", solver, held_out=0.0, **QUIET)
+    run = prune_model(model, None, "2:4", solver, held_out=0.0, **QUIET, calibration=ids)
     errors = prune_plainly(plain, ids, "2:4", solver)
     for name, tensor in weights(plain).items():
         torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
@@ -135,7 +137,7 @@ def test_a_run_is_a_plain_loop_from_the_tokens_on_at_every_stage(make_tiny, ids,
 def test_dense_hessians_are_those_of_the_untouched_model(make_tiny, ids):
     model, dense = make_tiny("Qwen3"), make_tiny("Qwen3")
     moments = capture_moments(dense, ids, "model.layers.*")
-    prune_model(model, ids, "2:4", hessians="dense", held_out=0.0, **QUIET)
+    prune_model(model, None, "2:4", hessians="dense", held_out=0.0, **QUIET, calibration=ids)
     for name, W in matrices(dense).items():
         expected = s3lab.prune(W, "2:4", moments[name].value()).weight
         torch.testing.assert_close(matrices(model)[name], expected, atol=1e-4, rtol=1e-3)
@@ -143,12 +145,12 @@ def test_dense_hessians_are_those_of_the_untouched_model(make_tiny, ids):
 
 def test_what_is_held_out_decides_nothing(make_tiny, ids):
     model, other = make_tiny("Qwen3"), make_tiny("Qwen3")
-    run = prune_model(model, ids, "2:4", held_out=0.25, seed=3, **QUIET)
+    run = prune_model(model, None, "2:4", held_out=0.25, seed=3, **QUIET, calibration=ids)
     held = torch.cat([chunk.ids for chunk in cut_chunks(ids, 0.25, 4, 3) if chunk.held_out])
     assert len(held) == 3
     changed = ids.clone()
     changed[(ids[:, None] == held).all(-1).any(-1)] = 5
-    run_2 = prune_model(other, changed, "2:4", held_out=0.25, seed=3, **QUIET)
+    run_2 = prune_model(other, None, "2:4", held_out=0.25, seed=3, **QUIET, calibration=changed)
     assert same(weights(model), weights(other))
     assert [row["error"] for row in run.matrices] == [row["error"] for row in run_2.matrices]
     assert all(
@@ -158,7 +160,7 @@ def test_what_is_held_out_decides_nothing(make_tiny, ids):
 
 def test_the_held_out_error_is_that_of_the_held_out_tokens(make_tiny, ids):
     model, dense = make_tiny("Qwen3"), make_tiny("Qwen3")
-    run = prune_model(model, ids, "2:4", held_out=0.25, hessians="dense", **QUIET)
+    run = prune_model(model, None, "2:4", held_out=0.25, hessians="dense", **QUIET, calibration=ids)
     held = torch.cat([chunk.ids for chunk in cut_chunks(ids, 0.25, 4, 0) if chunk.held_out])
     moments = capture_moments(dense, held, "model.layers.*")
     for row in run.matrices:
@@ -169,7 +171,7 @@ def test_the_held_out_error_is_that_of_the_held_out_tokens(make_tiny, ids):
 
 def test_the_error_of_a_layer_is_that_of_its_output(make_tiny, ids):
     model, dense = make_tiny("Llama"), make_tiny("Llama")
-    run = prune_model(model, ids, "2:4", held_out=0.0, **QUIET)
+    run = prune_model(model, None, "2:4", held_out=0.0, **QUIET, calibration=ids)
     with torch.no_grad():
         pairs = [m.model(ids, output_hidden_states=True).hidden_states[1].double() for m in (model, dense)]
     error = (pairs[0] - pairs[1]).norm() / pairs[1].norm()
@@ -180,7 +182,7 @@ def test_the_error_of_a_layer_is_that_of_its_output(make_tiny, ids):
 def test_globs_choose_spec_and_solver_and_the_rest_stays_dense(make_tiny, ids):
     model, dense = make_tiny("Qwen3"), make_tiny("Qwen3")
     specs = {"layers.0.*": "dense", "*.mlp.*": "1:4", "model.layers.1.self_attn.o_proj": "4:8", "*": "2:4"}
-    run = prune_model(model, ids, specs, {"*.mlp.*": "wanda", "*": s3lab.SparseGPT(width=8)}, **QUIET)
+    run = prune_model(model, None, specs, {"*.mlp.*": "wanda", "*": s3lab.SparseGPT(width=8)}, **QUIET, calibration=ids)
     found = {row["name"]: (row["spec"], row["solver"], row["density"]) for row in run.matrices}
     assert len(found) == 7 and {row["layer"] for row in run.matrices} == {1}
     assert found["mlp.up_proj"] == ("1:4", "Wanda()", 0.25)
@@ -191,8 +193,8 @@ def test_globs_choose_spec_and_solver_and_the_rest_stays_dense(make_tiny, ids):
 
 def test_an_expert_that_saw_too_little_is_left_dense_or_damped(make_tiny, ids):
     left, damped = make_tiny("Qwen3Moe"), make_tiny("Qwen3Moe")
-    run = prune_model(left, ids, "2:4", min_tokens=10**6, **QUIET)
-    run_2 = prune_model(damped, ids, "2:4", min_tokens=10**6, scarce=0.5, **QUIET)
+    run = prune_model(left, None, "2:4", min_tokens=10**6, **QUIET, calibration=ids)
+    run_2 = prune_model(damped, None, "2:4", min_tokens=10**6, scarce=0.5, **QUIET, calibration=ids)
     for row, row_2 in zip(run.matrices, run_2.matrices, strict=True):
         expert = "experts" in row["name"]
         assert row["density"] == (1.0 if expert else 0.5) and row_2["density"] == 0.5
@@ -205,7 +207,7 @@ def test_an_expert_that_saw_too_little_is_left_dense_or_damped(make_tiny, ids):
 
 def test_dtype_and_mode_stay_and_figures_of_the_caller_join_the_layers(make_tiny, ids):
     model = make_tiny("Qwen3").bfloat16().train()
-    run = prune_model(model, ids, "2:4", measure=lambda model: {"zeros": zeros(model)}, **QUIET)
+    run = prune_model(model, None, "2:4", measure=lambda model: {"zeros": zeros(model)}, **QUIET, calibration=ids)
     assert model.training and all(W.dtype == torch.bfloat16 for W in matrices(model).values())
     assert [row["zeros"] for row in run.layers] == [0.25, 0.5]
 
@@ -217,8 +219,8 @@ def zeros(model):
 
 def test_on_disk_or_in_memory_the_bits_are_the_same(make_tiny, ids, tmp_path):
     one, other = make_tiny("Mistral"), make_tiny("Mistral")
-    run = prune_model(one, ids, "2:4", **QUIET)
-    run_2 = prune_model(other, ids, "2:4", out=tmp_path, **QUIET)
+    run = prune_model(one, None, "2:4", **QUIET, calibration=ids)
+    run_2 = prune_model(other, None, "2:4", out=tmp_path, **QUIET, calibration=ids)
     assert same(weights(one), weights(other)) and untimed(run.matrices) == untimed(run_2.matrices)
     assert not (tmp_path / "state").exists()
 
@@ -226,13 +228,19 @@ def test_on_disk_or_in_memory_the_bits_are_the_same(make_tiny, ids, tmp_path):
 @pytest.mark.parametrize("kind", ["Qwen3", "Qwen3Moe"])
 def test_a_run_stopped_again_and_again_ends_as_if_it_never_was(make_tiny, ids, kind, tmp_path):
     whole = make_tiny(kind, num_hidden_layers=3)
-    run = prune_model(whole, ids, "2:4", **QUIET)
+    run = prune_model(whole, None, "2:4", **QUIET, calibration=ids)
     matrices_per_layer, chance, stops = len(run.matrices) // 3, random.Random(0), 0
     while True:
         model = make_tiny(kind, num_hidden_layers=3)
         try:
             resumed = prune_model(
-                model, ids, "2:4", batch=4, out=tmp_path, progress=stop_after(chance.randint(2, 2 * matrices_per_layer))
+                model,
+                None,
+                "2:4",
+                batch=4,
+                out=tmp_path,
+                progress=stop_after(chance.randint(2, 2 * matrices_per_layer)),
+                calibration=ids,
             )
             break
         except Stop:
@@ -250,26 +258,36 @@ def spoil(path, how):
 @pytest.mark.parametrize("place", ["manifest.json", "layers/000.*", "layers/001.*", "state/002/pruned-00000.*"])
 def test_a_spoilt_file_is_noticed_and_made_again(make_tiny, ids, place, how, tmp_path):
     whole = make_tiny("Qwen3", num_hidden_layers=3)
-    prune_model(whole, ids, "2:4", **QUIET)
+    prune_model(whole, None, "2:4", **QUIET, calibration=ids)
     with pytest.raises(Stop):
-        prune_model(make_tiny("Qwen3", num_hidden_layers=3), ids, "2:4", batch=4, out=tmp_path, progress=stop_after(17))
+        prune_model(
+            make_tiny("Qwen3", num_hidden_layers=3),
+            None,
+            "2:4",
+            batch=4,
+            out=tmp_path,
+            progress=stop_after(17),
+            calibration=ids,
+        )
     (path,) = tmp_path.glob(place)
     spoil(path, how)
     model = make_tiny("Qwen3", num_hidden_layers=3)
-    run = prune_model(model, ids, "2:4", out=tmp_path, **QUIET)
+    run = prune_model(model, None, "2:4", out=tmp_path, **QUIET, calibration=ids)
     assert run.damaged == [str(path.relative_to(tmp_path))]
     assert same(weights(whole), weights(model))
 
 
 def test_a_finished_run_is_read_and_a_spoilt_one_finished_again(make_tiny, ids, tmp_path):
     whole = make_tiny("Qwen3")
-    run = prune_model(whole, ids, "2:4", out=tmp_path, **QUIET)
+    run = prune_model(whole, None, "2:4", out=tmp_path, **QUIET, calibration=ids)
     again = make_tiny("Qwen3")
-    read = prune_model(again, ids, "2:4", out=tmp_path, batch=4, progress=stop_after(1))
+    read = prune_model(again, None, "2:4", out=tmp_path, batch=4, progress=stop_after(1), calibration=ids)
     assert same(weights(whole), weights(again)) and read.matrices == run.matrices and read.layers == run.layers
     spoil(tmp_path / "layers" / "001.safetensors", "flipped")
     once_more = make_tiny("Qwen3")
-    assert prune_model(once_more, ids, "2:4", out=tmp_path, **QUIET).damaged == ["layers/001.safetensors"]
+    assert prune_model(once_more, None, "2:4", out=tmp_path, **QUIET, calibration=ids).damaged == [
+        "layers/001.safetensors"
+    ]
     assert same(weights(whole), weights(once_more))
 
 
@@ -283,11 +301,11 @@ def test_a_finished_run_is_read_and_a_spoilt_one_finished_again(make_tiny, ids, 
         ({"batch": 3}, "batch is 4 there"),
         ({"held_out": 0.5}, "held_out is 0.1 there"),
         ({"hessians": "dense"}, "hessians is 'pruned' there"),
-        ({"calibration_ids": torch.full((12, 16), 7)}, "calibration is"),
+        ({"calibration": torch.full((12, 16), 7)}, "calibration is"),
     ],
 )
 def test_a_run_of_other_settings_is_refused_and_they_are_named(make_tiny, ids, tmp_path, change, named):
-    call = {"calibration_ids": ids, "spec": "2:4", "batch": 4, "out": tmp_path, "progress": False}
+    call = {"tokenizer": None, "calibration": ids, "spec": "2:4", "batch": 4, "out": tmp_path, "progress": False}
     prune_model(make_tiny("Qwen3"), **call)
     with pytest.raises(DataError, match=f"has other settings: {named}"):
         prune_model(make_tiny("Qwen3"), **call | change)
@@ -295,17 +313,17 @@ def test_a_run_of_other_settings_is_refused_and_they_are_named(make_tiny, ids, t
 
 def test_another_model_is_refused(make_tiny, ids, tmp_path):
     model = make_tiny("Qwen3")
-    prune_model(model, ids, "2:4", out=tmp_path, **QUIET)
+    prune_model(model, None, "2:4", out=tmp_path, **QUIET, calibration=ids)
     with pytest.raises(DataError, match="other settings: weights is"):
-        prune_model(model, ids, "2:4", out=tmp_path, **QUIET)
+        prune_model(model, None, "2:4", out=tmp_path, **QUIET, calibration=ids)
     with pytest.raises(DataError, match="other settings: model is 'Qwen3ForCausalLM' there"):
-        prune_model(make_tiny("Llama"), ids, "2:4", out=tmp_path, **QUIET)
+        prune_model(make_tiny("Llama"), None, "2:4", out=tmp_path, **QUIET, calibration=ids)
 
 
 def test_the_manifest_of_something_else_is_left_alone(make_tiny, ids, tmp_path):
     (tmp_path / "manifest.json").write_text('{"name": "an app"}')
     with pytest.raises(DataError, match="belongs to something else"):
-        prune_model(make_tiny("Qwen3"), ids, "2:4", out=tmp_path, **QUIET)
+        prune_model(make_tiny("Qwen3"), None, "2:4", out=tmp_path, **QUIET, calibration=ids)
     assert (tmp_path / "manifest.json").read_text() == '{"name": "an app"}'
 
 
@@ -314,14 +332,14 @@ def test_the_manifest_of_something_else_is_left_alone(make_tiny, ids, tmp_path):
     [
         ({"spec": "2:5"}, SpecError, r"model.layers.0.self_attn.q_proj: .*remainder"),
         ({"spec": "dense"}, SpecError, "all matrices are to stay dense"),
-        ({"calibration_ids": torch.full((1, 16), 7)}, DataError, "1 calibration sequences leave none"),
+        ({"calibration": torch.full((1, 16), 7)}, DataError, "1 calibration sequences leave none"),
         ({"batch": 0}, DataError, "batch = 0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_touched(make_tiny, ids, change, error, message):
     model = make_tiny("Qwen3")
     with pytest.raises(error, match=message):
-        prune_model(model, **{"calibration_ids": ids, "spec": "2:4", "progress": False} | change)
+        prune_model(model, **{"tokenizer": None, "calibration": ids, "spec": "2:4", "progress": False} | change)
     assert same(weights(model), weights(make_tiny("Qwen3")))
 
 
@@ -338,7 +356,7 @@ def test_layers_that_are_given_more_than_hidden_states_are_refused(make_tiny, id
     body.register_forward_pre_hook(tell_tokens, with_kwargs=True)
     first.register_forward_pre_hook(give_tokens, with_kwargs=True, prepend=True)
     with pytest.raises(DataError, match="other arguments for other tokens"):
-        prune_model(model, ids, "2:4", **QUIET)
+        prune_model(model, None, "2:4", **QUIET, calibration=ids)
 
 
 SCRIPT = """
@@ -353,7 +371,7 @@ model = Qwen3ForCausalLM(Qwen3Config(hidden_size=32, num_hidden_layers=4, interm
     num_key_value_heads=2, head_dim=8, vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0))
 ids = torch.randint(3, 64, (12, 16), generator=torch.Generator().manual_seed(1))
 out = Path(sys.argv[1])
-prune_model(model, ids, "2:4", out=out, batch=4, progress=lambda step: print(step.solved, flush=True))
+prune_model(model, None, "2:4", out=out, batch=4, progress=lambda step: print(step.solved, flush=True), calibration=ids)
 save_file({name: p.data for name, p in model.named_parameters() if "embed" not in name and "head" not in name},
     out / "end.safetensors")
 """

@@ -15,9 +15,7 @@ from nbval.plugin import IPyNbCell
 install_import_hook(["s3lab.tensors", "s3lab.solvers", "s3lab.models"], "beartype.beartype")
 
 # Every run draws the same examples, and a loaded machine is no reason to fail.
-settings.register_profile(
-    "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
 

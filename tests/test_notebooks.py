@@ -69,9 +69,7 @@ def test_it_has_little_code(path):
     assert len([line for line in lines if not line.lstrip().startswith("#")]) <= 60
     for node in ast.walk(code(path)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            assert node.end_lineno is not None and node.end_lineno - node.lineno < 3, (
-                f"{node.name} is too long"
-            )
+            assert node.end_lineno is not None and node.end_lineno - node.lineno < 3, f"{node.name} is too long"
 
 
 @every_notebook

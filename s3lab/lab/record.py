@@ -25,6 +25,7 @@ import torch
 
 from s3lab import __version__
 from s3lab.errors import DataError
+from s3lab.files import write
 from s3lab.lab import plot
 
 if TYPE_CHECKING:
@@ -114,14 +115,6 @@ def start(notebook: str, parameters: Mapping[str, Any], figures: str | Path | No
     here = Path.cwd()
     root = here.parent if here.name == "notebooks" else here
     return Record(notebook, dict(parameters), Path(figures or os.environ.get(FIGURES) or root / "figures"))
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all; the folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def command(notebook: str, parameters: Mapping[str, Any]) -> str:

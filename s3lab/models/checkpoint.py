@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s3lab.models.rundir import write
+from s3lab.files import write
 from s3lab.models.sequential import Run
 
 if TYPE_CHECKING:

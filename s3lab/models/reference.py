@@ -7,8 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from s3lab.errors import DataError, SolveError, SpecError
+from s3lab.files import replacing
 from s3lab.models import corpus
 
 if TYPE_CHECKING:
@@ -163,10 +163,10 @@ def train(
         p.data = run.best[name]
     save(model, tokenizer, out)
     rows = [f"{row['step']},{row['split']},{row['perplexity']:.4f}" for row in run.rows]
-    with _replacing(out / "training.csv") as part:
+    with replacing(out / "training.csv") as part:
         part.write_text("\n".join(["step,split,perplexity", *rows, ""]))
     record = run.describe(tokenizer, load_reference(out)[0]) | dict(facts or {})
-    with _replacing(out / "record.json") as part:
+    with replacing(out / "record.json") as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
     (out / CHECKPOINT).unlink()
     return record
@@ -269,7 +269,7 @@ class _Run:
             moments = {f"{key}/{name}": self.optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
             tensors |= moments | {f"weight/{name}": p.data}
         facts = {"recipe": asdict(self.recipe), "step": self.step, "time_s": self.time_s, "rows": self.rows}
-        with _replacing(path) as part:
+        with replacing(path) as part:
             save_file(tensors, part, {key: json.dumps(value) for key, value in facts.items()})
 
     def restore(self, path: Path) -> None:
@@ -316,10 +316,3 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 def _loss(model: nn.Module, ids: Tensor, reduction: str) -> Tensor:
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction=reduction)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    yield part
-    part.replace(path)

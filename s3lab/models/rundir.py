@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from s3lab.errors import DataError
+from s3lab.files import write
 
 MANIFEST = "manifest.json"
 
@@ -138,17 +138,6 @@ def layer_file(index: int) -> str:
 def state_folder(index: int) -> str:
     """The folder of the hidden states that a layer begins with."""
     return f"state/{index:03}"
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also when the power fails; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def digest(path: Path) -> str:

@@ -1,13 +1,13 @@
 import hashlib
 import json
 import subprocess
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 from s3lab.errors import DataError
+from s3lab.files import write
 from s3lab.lab import plot, record
 
 TABLE = pd.DataFrame({"solver": ["obd", "sobs"], "error": [0.2, 0.1]})
@@ -87,18 +87,6 @@ def test_the_folder_is_beside_the_notebooks_unless_told_otherwise(tmp_path, monk
     assert record.start("00_example", {}, tmp_path / "here").folder == tmp_path / "here"
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    record.write(tmp_path / "a.csv", b"old")
-
-    def fail(self, data):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(OSError, match="disk full"):
-        record.write(tmp_path / "a.csv", b"new")
-    assert (tmp_path / "a.csv").read_bytes() == b"old"
-
-
 def test_commit_sees_changes_but_not_those_of_figures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -109,7 +97,7 @@ def test_commit_sees_changes_but_not_those_of_figures(tmp_path, monkeypatch):
     ):
         subprocess.run(["git", *words], check=True)
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    record.write(tmp_path / "figures" / "a.csv", b"")
+    write(tmp_path / "figures" / "a.csv", b"")
     assert record.commit() == {"commit": head, "dirty": False}
-    record.write(tmp_path / "code.py", b"")
+    write(tmp_path / "code.py", b"")
     assert record.commit() == {"commit": head, "dirty": True}

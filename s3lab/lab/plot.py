@@ -228,7 +228,8 @@ def _grid(count: int, width: float, columns: int, tall: float = 0.68) -> tuple[F
 def _legend(fig: Figure, axes: list[Axes], hue: str | None) -> None:
     if hue is not None:
         handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, ncols=min(len(labels), 3 if len(axes) == 1 else 8), loc="outside upper center")
+        fits = int(17 * fig.get_figwidth() / (max(map(len, labels)) + 6))  # letters of the legend's size on a line
+        fig.legend(handles, labels, ncols=max(1, min(len(labels), fits)), title=_words(hue), loc="outside upper center")
     if len(axes) > 1:
         for ax in axes:
             ax.label_outer()

@@ -93,7 +93,7 @@ def _draw(ax: Axes, partition: Partition, mask: Tensor | None = None, *, title: 
     colours = _colours(block)
     _paint(ax, np.where(kept[..., None], colours, 1 - 0.18 * (1 - colours)), title or partition.text)
     dots = [Rectangle((k + 0.42, m + 0.42), 0.16, 0.16) for m, k in zip(*np.nonzero(~kept), strict=True)]
-    ax.add_collection(PatchCollection(dots, facecolor=plot.INK, linewidth=0))
+    ax.add_collection(PatchCollection(dots, facecolor=plot.INK, linewidth=0, rasterized=True))
     _outline(ax, scope * partition.B + block, "white")
     _outline(ax, scope, plot.INK, 0.8)
     _outline(ax, scope == 0, "black", 2.2)
@@ -121,7 +121,8 @@ def _paint(ax: Axes, colours: np.ndarray, title: str, numbers: np.ndarray | None
 
 
 def _outline(ax: Axes, label: np.ndarray, colour: str, thick: float = 0.6) -> None:
-    ax.add_collection(LineCollection(_edges(label), colors=colour, linewidths=thick, capstyle="projecting"))
+    lines = LineCollection(_edges(label), colors=colour, linewidths=thick, capstyle="projecting", rasterized=True)
+    ax.add_collection(lines)
 
 
 def _edges(label: np.ndarray) -> list[list[tuple[int, int]]]:

@@ -1,0 +1,73 @@
+"""`s3lab prune` and `s3lab eval` on a tiny saved model, and what they say when they cannot."""
+
+import json
+
+import pytest
+import torch
+
+from s3lab.lab import cli
+from s3lab.models.pretrained import load_model
+
+SMALL = ["--calibration", "stdlib", "--sequences", "4", "--length", "32"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a random model of two layers, with the reference model's tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 2048}
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    load_model("reference")[1].save_pretrained(folder)
+    return folder
+
+
+def test_prune_saves_a_model_that_loads_and_goes_on_where_it_was(tiny, tmp_path, capsys):
+    out = tmp_path / "pruned"
+    specs = ["--spec", "*.mlp.*=2:4", "--spec", "*.o_proj=1:4", "--spec", "*=dense"]
+    command = ["prune", str(tiny), *specs, "--solver", "obd", *SMALL, "--out", str(out)]
+    assert cli.main(command) == 0
+    first = (out / "model.safetensors").read_bytes()
+    model, _ = load_model(out)
+    for layer in model.model.layers:
+        assert (layer.mlp.up_proj.weight == 0).double().mean() == 0.5
+        assert (layer.self_attn.o_proj.weight == 0).double().mean() == 0.75
+        assert (layer.self_attn.q_proj.weight != 0).all()
+    record = json.loads((out / "s3lab.json").read_text())
+    assert len(record["matrices"]) == 8 and record["facts"]["provenance"]["text"] == "stdlib"
+    assert cli.main(command) == 0
+    assert (out / "model.safetensors").read_bytes() == first
+    assert "kept 46.4% of 8 matrices" in capsys.readouterr().out
+
+
+def test_eval_prints_perplexities(tiny, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The statement number {i} is executed before the others." for i in range(60)))
+    assert (
+        cli.main(["eval", str(tiny), "--text", str(text), "--documents", "2", "--length", "32", "--stride", "16"]) == 0
+    )
+    told = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["documents"] == "2" and told["stride"] == "16"
+    assert float(told["word perplexity"]) > float(told["token perplexity"]) > float(told["byte perplexity"]) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "TINY", "--spec", "2;4", *SMALL, "--out", "OUT"], "cannot read the spec at column 2"),
+        (["prune", "TINY", "--spec", "2:4", "--solver", "obs", *SMALL, "--out", "OUT"], "no solver is called 'obs'"),
+        (["prune", "nowhere/at-all", "--spec", "2:4", *SMALL, "--out", "OUT"], "no model can be loaded"),
+        (["prune", "TINY", "--spec", "2:4", "--calibration", "no.txt", "--out", "OUT"], "no text in 'no.txt'"),
+        (["prune", "TINY", "--spec", "*.mlp=2:4", *SMALL, "--out", "OUT"], "*.mlp"),
+        (["eval", "TINY", "--text", "no.txt"], "no text in 'no.txt'"),
+        (["eval", "TINY", "--length", "32", "--stride", "64"], "stride=64"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(tiny, tmp_path, capsys, arguments, message):
+    names = {"TINY": str(tiny), "OUT": str(tmp_path / "out")}
+    assert cli.main([names.get(argument, argument) for argument in arguments]) == 2
+    told = capsys.readouterr()
+    assert "\ns3lab: " in f"\n{told.err}" and message in told.err and "Traceback" not in told.err and not told.out

@@ -6,10 +6,14 @@ Everything here is said in the methods of the tensors that come in, so that the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb, lgamma, log, prod
+from math import comb, isqrt, prod
 from typing import TYPE_CHECKING
 
+from s3lab.algebra.choose import keep_highest
+from s3lab.algebra.count import count_squares, index_bits
 from s3lab.algebra.layout import Layout
+from s3lab.algebra.lines import choose_lines
+from s3lab.algebra.stage import Decide, Stage
 from s3lab.errors import ShapeError, SpecError
 
 if TYPE_CHECKING:
@@ -20,14 +24,16 @@ if TYPE_CHECKING:
 class Partition:
     """A spec on a weight (M, K): ``layout`` maps (scope, block, element) to the offset in the row-major weight.
 
-    S scopes of B blocks of E elements, S·B·E = M·K; each scope keeps ``keep`` of its B blocks.  Made by
-    `Spec.bind`, which checks that the layout is a bijection.
+    S scopes of B blocks of E elements, S·B·E = M·K; each scope keeps ``keep`` of its B blocks, and with ``lines``
+    that many of each row and of each column of the square that they are.  Made by `Spec.bind`, which checks that the
+    layout is a bijection.
     """
 
     text: str
     shape: tuple[int, int]
     layout: Layout
     keep: int
+    lines: int | None = None
 
     @property
     def S(self) -> int:
@@ -51,16 +57,22 @@ class Partition:
 
     @property
     def storage_bits(self) -> float:
-        """Bits per weight that an index of the mask takes: ⌈log2 C(B, keep)⌉ a scope (arXiv 2507.03052)."""
-        if self.B <= 4096:
-            return (comb(self.B, self.keep) - 1).bit_length() / (self.B * self.E)
-        nats = lgamma(self.B + 1) - lgamma(self.keep + 1) - lgamma(self.B - self.keep + 1)
-        return nats / log(2) / (self.B * self.E)
+        """Bits per weight that an index of the mask takes: ⌈log2 C(B, keep)⌉ a scope (arXiv 2507.03052).
+
+        Each way, the masks of a scope are counted up to a side of 8; above, its rows have an index each.
+        """
+        return index_bits(self.B, self.keep, self.lines) / (self.B * self.E)
+
+    @property
+    def bitmask_bits(self) -> float:
+        """Bits per weight of a mask with a bit for each block."""
+        return 1 / self.E
 
     @property
     def mask_count(self) -> int:
-        """Number of masks that satisfy the spec, C(B, keep)^S, exactly."""
-        return comb(self.B, self.keep) ** self.S
+        """Number of masks that satisfy the spec, exactly: C(B, keep)^S where nothing is said of lines."""
+        count = comb(self.B, self.keep) if self.lines is None else count_squares(isqrt(self.B), self.lines)
+        return count**self.S
 
     def blocks(self, W: Tensor) -> Tensor:
         """Return W (M, K) as (S, B, E): a view of its storage where the strides allow, else a copy.
@@ -99,8 +111,14 @@ class Partition:
             raise ShapeError(f"scores of shape {tuple(scores.shape)} for {self.S} scopes of {self.B} blocks")
         if scores.isnan().any():
             raise ShapeError(f"the scores of {self.text} on {self.shape} hold NaN: clean the weight or the Hessian")
-        first = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.keep]
-        return scores.new_zeros(scores.shape).bool().scatter_(1, first, True)
+        return keep_highest(scores, self.keep) if self.lines is None else choose_lines(scores, self.lines)
+
+    def resolve(self, decide: Decide, worth: Tensor) -> Tensor:
+        """Return the mask (M, K) of the blocks that ``decide`` keeps in the one round that there is.
+
+        ``worth`` (M, K) is what a pattern with salient blocks picks them by; here it only tells the device.
+        """
+        return Stage.of(self, worth).resolve(decide, worth)
 
     def project(self, scores: Tensor) -> Tensor:
         """Return the mask (M, K), True = kept, of the blocks with the highest sums of element scores (M, K)."""
@@ -112,6 +130,9 @@ class Partition:
         partial = ((kept > 0) & (kept < self.E)).any(1)
         count = (kept == self.E).sum(1)
         wrong = partial | (count != self.keep)
+        if self.lines is not None:
+            square = (kept == self.E).view(self.S, isqrt(self.B), -1)
+            wrong |= ((square.sum(1) != self.lines) | (square.sum(2) != self.lines)).any(1)
         if wrong.any():
             scope = int(wrong.long().argmax())
             row, column = divmod(self.layout(scope, 0, 0), self.shape[1])
@@ -119,6 +140,7 @@ class Partition:
                 "cuts a block in two"
                 if partial[scope]
                 else f"keeps {int(count[scope])} of {self.B} blocks, not {self.keep}"
+                + ("" if self.lines is None else f", {self.lines} in each row and column")
             )
             raise SpecError(
                 f"the mask breaks {self.text} on {self.shape} at scope {scope} (from row {row}, column {column}): "

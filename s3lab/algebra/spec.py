@@ -5,30 +5,31 @@ Source: A. Ghriss, *S³: Structured Sparsity Specification*, arXiv 2604.11315.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 from s3lab.algebra import text
 from s3lab.algebra.layout import Layout
 from s3lab.algebra.partition import Partition
-from s3lab.algebra.text import Keep, Parts, Size, Sizes
+from s3lab.algebra.sizes import IDENTITY, ONE, Keep, Size, Sizes, write_keep, write_sizes
+from s3lab.algebra.text import Parts
 from s3lab.errors import ShapeError, SpecError
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def _sizes(values: object, what: str) -> Sizes:
+def read_sizes(values: object, what: str) -> Sizes:
+    """Return a group of sizes from tuples of integers and text; SpecError, saying what it is of, if it is none."""
     if not isinstance(values, tuple | list) or not values:
         raise SpecError(f"{what} {values!r} is no group of sizes: give a tuple such as (1, 'K/16')")
-    return tuple(_sizes(v, what) if isinstance(v, tuple | list) else Size.of(v) for v in values)
+    return tuple(read_sizes(v, what) if isinstance(v, tuple | list) else Size.of(v) for v in values)
 
 
-def _bind(sizes: Sizes, M: int, K: int) -> tuple:
-    return tuple(s.on(M, K) if isinstance(s, Size) else _bind(s, M, K) for s in sizes)
+def bind_sizes(sizes: Sizes, M: int, K: int) -> tuple:
+    """Return the integers that a group of sizes stands for on a weight (M, K), nested alike."""
+    return tuple(s.on(M, K) if isinstance(s, Size) else bind_sizes(s, M, K) for s in sizes)
 
 
 def _profile(sizes: Sizes) -> tuple:
@@ -46,18 +47,18 @@ class View:
     '(M,K/16,8,2):(K,16,1,8)'
     """
 
-    shape: Sizes = text.IDENTITY[0]
-    stride: Sizes = text.IDENTITY[1]
+    shape: Sizes = IDENTITY[0]
+    stride: Sizes = IDENTITY[1]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", _sizes(self.shape, "the view's shape"))
-        object.__setattr__(self, "stride", _sizes(self.stride, "the view's stride"))
+        object.__setattr__(self, "shape", read_sizes(self.shape, "the view's shape"))
+        object.__setattr__(self, "stride", read_sizes(self.stride, "the view's stride"))
         if _profile(self.shape) != _profile(self.stride):
             raise SpecError(f"the view {self} has a shape and a stride that are not nested alike")
 
     def on(self, M: int, K: int) -> Layout:
         """Return the layout on a weight (M, K); SpecError unless it reaches each of the M·K weights just once."""
-        layout = Layout(_bind(self.shape, M, K), _bind(self.stride, M, K))
+        layout = Layout(bind_sizes(self.shape, M, K), bind_sizes(self.stride, M, K))
         if layout.size != M * K:
             raise SpecError(
                 f"the view {self} holds {layout.size} elements on a weight ({M}, {K}) of {M * K}: its shape must "
@@ -71,7 +72,10 @@ class View:
         return layout
 
     def __str__(self) -> str:
-        return f"{text.write_sizes(self.shape)}:{text.write_sizes(self.stride)}"
+        return f"{write_sizes(self.shape)}:{write_sizes(self.stride)}"
+
+
+MATRIX = View()
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,13 @@ class Block:
     '(1,1,1,2)'
     """
 
-    shape: Sizes = (text.ONE, text.ONE)
+    shape: Sizes = (ONE, ONE)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", _sizes(self.shape, "the block"))
+        object.__setattr__(self, "shape", read_sizes(self.shape, "the block"))
 
     def __str__(self) -> str:
-        return text.write_sizes(self.shape)
+        return write_sizes(self.shape)
 
 
 @dataclass(frozen=True)
@@ -96,17 +100,19 @@ class Scope:
     """The blocks that compete: how many along each mode of the grid of blocks, and how many of them are kept.
 
     ``keep`` is a count (int), or a share above 0 and below 1 (Fraction or float) of the scope's blocks, rounded
-    to the nearest count, halves up.
+    to the nearest count, halves up.  With ``each_way`` a scope is a square of blocks, and each of its rows and each
+    of its columns keeps that count: transposable N:M.
 
-    >>> str(Scope((1, 4), keep=2)), str(Scope(("M", "K"), keep=0.5))
-    ('(1,4) keep 2', '(M,K) keep 50%')
+    >>> str(Scope((1, 4), keep=2)), str(Scope(("M", "K"), keep=0.5)), str(Scope((4, 4), keep=2, each_way=True))
+    ('(1,4) keep 2', '(M,K) keep 50%', '(4,4) keep 2 each way')
     """
 
     shape: Sizes
     keep: Keep = field(kw_only=True)
+    each_way: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", _sizes(self.shape, "the scope"))
+        object.__setattr__(self, "shape", read_sizes(self.shape, "the scope"))
         keep = Fraction(str(self.keep)) if isinstance(self.keep, float) else self.keep
         counted = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
         shared = isinstance(keep, Fraction) and 0 < keep < 1
@@ -114,6 +120,8 @@ class Scope:
             raise SpecError(
                 f"keep {self.keep!r} is no budget: give a count of blocks, at least 1, or a share above 0 and below 1"
             )
+        if self.each_way and not counted:
+            raise SpecError(f"keep {write_keep(keep)} each way: give a count of blocks of each row and column")
         object.__setattr__(self, "keep", keep)
 
     def count(self, blocks: int) -> int:
@@ -121,25 +129,56 @@ class Scope:
         keep = self.keep if isinstance(self.keep, int) else int(self.keep * blocks + Fraction(1, 2))
         if not 1 <= keep <= blocks:
             raise SpecError(
-                f"keep {text.write_keep(self.keep)} is {keep} of the {blocks} blocks of a scope "
-                f"{text.write_sizes(self.shape)}: a budget lies between 1 and {blocks}"
+                f"keep {write_keep(self.keep)} is {keep} of the {blocks} blocks of a scope "
+                f"{write_sizes(self.shape)}: a budget lies between 1 and {blocks}"
             )
         return keep
 
+    def side(self, extents: Sequence[int]) -> int:
+        """Return the side of the square of blocks that a scope of these extents is; SpecError where it is none."""
+        sides = [n for n in extents if n > 1]
+        if len(sides) != 2 or sides[0] != sides[1]:
+            raise SpecError(
+                f"the scope {self} has {' by '.join(map(str, extents))} blocks: what is kept each way needs a square, "
+                "such as (4,4)"
+            )
+        return sides[0]
+
     def __str__(self) -> str:
-        return f"{text.write_sizes(self.shape)} keep {text.write_keep(self.keep)}"
+        each_way = " each way" if self.each_way else ""
+        return f"{write_sizes(self.shape)} keep {write_keep(self.keep)}{each_way}"
+
+
+class Pattern(ABC):
+    """What `parse` gives: an immutable, hashable description that binds to the shape of a weight, or of several.
+
+    ``str(pattern)`` is its shortest text, and `parse` reads it back.
+    """
+
+    @abstractmethod
+    def bind(self, shape: Any) -> Any:
+        """Return the pattern on a weight of ``shape`` (M, K), or on the shapes of several by name."""
+
+    def check(self, mask: Any) -> None:
+        """Raise SpecError, naming the place, unless ``mask`` (M, K), or one by name, keeps what this asks for."""
+        self.bind(mask.shape).check(mask)
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 @dataclass(frozen=True, repr=False)
-class Spec:
+class Spec(Pattern):
     """A pattern of structured sparsity: a view, cut into blocks, that compete in scopes.
 
-    Immutable and hashable; ``str(spec)`` is its shortest text and ``Spec.parse`` reads it back.  The modes of block
-    and scope are those of the view: SpecError where their numbers differ.
+    The modes of block and scope are those of the view: SpecError where their numbers differ.
 
-    >>> Spec.parse("2:4") == Spec(View(), Block((1, 1)), Scope((1, 4), keep=2))
-    True
-    >>> Spec.parse("2:4@1x2").bind((8, 32)).layout
+    >>> str(Spec(View(), Block((1, 1)), Scope((1, 4), keep=2)))
+    '2:4'
+    >>> Spec(View(), Block((1, 2)), Scope((1, 4), keep=2)).bind((8, 32)).layout
     Layout('((8,4),(1,4),(1,2)):((32,8),(0,2),(0,1))')
     """
 
@@ -152,20 +191,13 @@ class Spec:
         for part in (self.block, self.scope):
             if len(part.shape) != modes:
                 raise SpecError(
-                    f"the {type(part).__name__.lower()} {text.write_sizes(part.shape)} has {len(part.shape)} modes and "
+                    f"the {type(part).__name__.lower()} {write_sizes(part.shape)} has {len(part.shape)} modes and "
                     f"the view {self.view} has {modes}: give one extent per mode"
                 )
             if any(not isinstance(size, Size) for size in part.shape):
                 raise SpecError(
-                    f"the {type(part).__name__.lower()} {text.write_sizes(part.shape)} is nested: "
-                    "give one extent per mode"
+                    f"the {type(part).__name__.lower()} {write_sizes(part.shape)} is nested: give one extent per mode"
                 )
-
-    @classmethod
-    def parse(cls, spec: str) -> Spec:
-        """Read a spec from its text; SpecError with a caret under what could not be read."""
-        parts = text.read(spec)
-        return cls(View(parts.shape, parts.stride), Block(parts.block), Scope(parts.scope, keep=parts.keep))
 
     @property
     def keep(self) -> Keep:
@@ -182,35 +214,38 @@ class Spec:
             raise ShapeError(f"a spec binds to a weight (M, K) of two positive extents, not to {tuple(shape)}")
         return _bind_spec(self, (shape[0], shape[1]))
 
-    def check(self, mask: Tensor) -> None:
-        """Raise SpecError, naming the first scope at fault, unless ``mask`` (M, K) keeps what this spec asks for."""
-        self.bind(mask.shape).check(mask)
-
     def __str__(self) -> str:
-        return text.write(Parts(self.view.shape, self.view.stride, self.block.shape, self.scope.shape, self.keep))
-
-    def __repr__(self) -> str:
-        return f"Spec({str(self)!r})"
+        scope = self.scope
+        return text.write(
+            Parts(self.view.shape, self.view.stride, self.block.shape, scope.shape, scope.keep, scope.each_way)
+        )
 
 
 @lru_cache(maxsize=256)
 def _bind_spec(spec: Spec, shape: tuple[int, int]) -> Partition:
-    view = spec.view.on(*shape)
-    grid, block = _divide(spec, view, "block", _bind(spec.block.shape, *shape))
-    scopes, blocks = _divide(spec, grid, "scope", _bind(spec.scope.shape, *shape))
+    grid, block = cut(spec.view.on(*shape), bind_sizes(spec.block.shape, *shape), "block", str(spec))
+    extents = bind_sizes(spec.scope.shape, *shape)
+    scopes, blocks = cut(grid, extents, "scope", str(spec))
     layout = Layout.of(scopes, blocks, block)
-    return Partition(str(spec), shape, layout, spec.scope.count(layout[1].size))
+    if not spec.scope.each_way:
+        return Partition(str(spec), shape, layout, spec.scope.count(layout[1].size))
+    side = spec.scope.side(extents)
+    lines = spec.scope.count(side)
+    return Partition(str(spec), shape, layout, lines * side, lines)
 
 
-def _divide(spec: Spec, layout: Layout, what: str, extents: tuple[int, ...]) -> tuple[Layout, Layout]:
-    """Cut each mode of a layout, exactly, and return the modes of the rest and of the tile."""
+def cut(layout: Layout, extents: tuple[int, ...], what: str, whose: str) -> tuple[Layout, Layout]:
+    """Cut each mode of a layout, exactly, and return the modes of the rest and of the tile.
+
+    ``what`` is "block" or "scope", and ``whose`` the text it is of: both for the SpecError where it leaves a remainder.
+    """
     units = "elements" if what == "block" else "blocks"
     for mode, extent in enumerate(extents):
         size = layout[mode].size
         if extent > size or size % extent:
             divisors = [n for n in range(1, size + 1) if size % n == 0]
             raise SpecError(
-                f"the {what} of {spec} takes {extent} of the {size} {units} along mode {mode} of the view and leaves "
+                f"the {what} of {whose} takes {extent} of the {size} {units} along mode {mode} of the view and leaves "
                 f"a remainder: use a divisor of {size}, such as {max(n for n in divisors if n <= extent)}"
             )
     divided = layout.zipped_divide(extents)

@@ -1,85 +1,49 @@
 """The text of a spec: a small grammar, read by recursive descent and written back in its shortest form.
 
-    spec    = ratio [ "@" tile ]                         keep N of M blocks along the inputs
-            | percent [ "/row" | "/column" ] [ "@" tile ]
-            | percent ( "rows" | "columns" )
-            | sizes ":" sizes "/" sizes "/" sizes "keep" ( INT | percent )
-    ratio   = INT ":" INT
-    percent = NUMBER [ "/" INT ] "%"
-    tile    = INT "x" INT
-    sizes   = "(" entry { "," entry } ")"
-    entry   = sizes | term { ( "*" | "/" ) term }
-    term    = INT | "M" | "K"
+    pattern  = sum | coupling
+    sum      = chain { "plus" spec }                     salient blocks, kept in full
+    chain    = spec { "then" spec }                      decides among what the one before kept
+    spec     = ratio [ "@" tile ] [ "each" "way" ]       keep N of M blocks along the inputs, or along both
+             | percent [ "/row" | "/column" ] [ "@" tile ]
+             | percent ( "rows" | "columns" )
+             | sizes ":" sizes "/" sizes "/" sizes "keep" ( INT [ "each" "way" ] | percent )
+    coupling = group { "|" group } "keep" ( INT | percent )        groups share a budget, scope by scope
+    group    = tensor { "&" tensor } [ "/" sizes ]                 tensors share the fate of their blocks
+    tensor   = name ":" [ sizes ":" sizes "/" ] sizes [ "by" "(" INT { "," INT } ")" ] [ "follows" ]
+    name     = word | '"' anything else '"'
+    ratio    = INT ":" INT
+    percent  = NUMBER [ "/" INT ] "%"
+    tile     = INT "x" INT
+    sizes    = "(" entry { "," entry } ")"
+    entry    = sizes | term { ( "*" | "/" ) term }
+    term     = INT | "M" | "K"
 
-The four groups of the last form are the view's shape and stride, the block and the scope.  This module knows
-sizes and budgets only; `s3lab.algebra.spec` gives them their meaning.
+The four groups of sizes of a spec are the view's shape and stride, the block and the scope.  Those of a tensor are
+its view, if it is not the matrix itself, and its block; after them comes the scope of the group, the whole grid of
+blocks if it is missing.  This module knows sizes and budgets only; `spec`, `compose` and `couple` give them their
+meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
+from s3lab.algebra.sizes import (
+    IDENTITY,
+    INPUTS,
+    ONE,
+    ROWS,
+    Keep,
+    Reader,
+    Size,
+    Sizes,
+    is_name,
+    split,
+    write_keep,
+    write_sizes,
+)
 from s3lab.errors import SpecError
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """A symbolic extent or stride, ``coefficient · M^rows · K^inputs``, that becomes an integer on a shape.
-
-    >>> str(Size.of("K/16")), Size.of("K/16").on(8, 64), Size.of(3).on(8, 64)
-    ('K/16', 4, 3)
-    """
-
-    coefficient: Fraction
-    rows: int = 0
-    inputs: int = 0
-
-    @classmethod
-    def of(cls, value: int | str | Size) -> Size:
-        """Read a size from an integer or from text such as ``"16*K"`` or ``"M/16"``; SpecError if it is neither."""
-        if isinstance(value, Size):
-            return value
-        if isinstance(value, int) and not isinstance(value, bool):
-            return cls(Fraction(value))
-        if isinstance(value, str):
-            return _Reader(value).whole(_Reader.size)
-        raise SpecError(f"{value!r} is no size: give an integer or text such as 'K/16'")
-
-    def __mul__(self, other: Size) -> Size:
-        return Size(self.coefficient * other.coefficient, self.rows + other.rows, self.inputs + other.inputs)
-
-    def __truediv__(self, other: Size) -> Size:
-        if other.coefficient == 0:
-            raise SpecError(f"the size {self}/{other} divides by zero")
-        return self * Size(1 / other.coefficient, -other.rows, -other.inputs)
-
-    def on(self, M: int, K: int) -> int:
-        """Return the integer this size stands for on a weight (M, K); SpecError unless it is whole."""
-        value = self.coefficient * Fraction(M) ** self.rows * Fraction(K) ** self.inputs
-        if value.denominator != 1:
-            raise SpecError(f"the size {self} is not whole on a weight of M = {M} rows and K = {K} inputs")
-        return value.numerator
-
-    def __str__(self) -> str:
-        powers = (("M", self.rows), ("K", self.inputs))
-        above = [name for name, power in powers for _ in range(power)]
-        below = [name for name, power in powers for _ in range(-power)]
-        if self.coefficient.numerator != 1 or not above:
-            above.insert(0, str(self.coefficient.numerator))
-        if self.coefficient.denominator != 1:
-            below.insert(0, str(self.coefficient.denominator))
-        return "/".join(["*".join(above), *below])
-
-
-T = TypeVar("T")
-Sizes = tuple["Size | Sizes", ...]
-Keep = int | Fraction
-
-ONE, ROWS, INPUTS = Size(Fraction(1)), Size(Fraction(1), rows=1), Size(Fraction(1), inputs=1)
-IDENTITY: tuple[Sizes, Sizes] = ((ROWS, INPUTS), (INPUTS, ONE))
 
 
 class Parts(NamedTuple):
@@ -90,37 +54,69 @@ class Parts(NamedTuple):
     block: Sizes
     scope: Sizes
     keep: Keep
+    each_way: bool = False
 
 
-def read(text: str) -> Parts:
-    """Parse the text of a spec; SpecError with a caret under the first column that cannot be read.
+class Chain(NamedTuple):
+    """What the text of ``first then second`` says."""
+
+    first: Parts
+    second: Parts | Chain
+
+
+class Sum(NamedTuple):
+    """What the text of ``main plus salient`` says."""
+
+    main: Parts | Chain | Sum
+    salient: Parts
+
+
+class Member(NamedTuple):
+    """What is said of one tensor of a coupling; ``order`` is empty where its grid is taken as it is."""
+
+    name: str
+    shape: Sizes
+    stride: Sizes
+    block: Sizes
+    order: tuple[int, ...]
+    follows: bool
+
+
+class Coupling(NamedTuple):
+    """What the text of a coupling says: groups of tensors, each with its scope or None, and the budget."""
+
+    groups: tuple[tuple[tuple[Member, ...], Sizes | None], ...]
+    keep: Keep
+
+
+Tree = Parts | Chain | Sum | Coupling
+
+
+def read(text: str) -> Tree:
+    """Parse the text of a pattern; SpecError with a caret under the first column that cannot be read.
 
     >>> read("2:4").keep, write(read("(M,K):(K,1) / (1,1) / (1,4) keep 2"))
     (2, '2:4')
     """
-    return _Reader(text).whole(_Reader.spec)
+    return _Reader(text).whole(_Reader.pattern)
 
 
 def write(parts: Parts) -> str:
     """Return the shortest text that `read` turns into the same parts."""
     return _write_short(parts) or (
         f"{write_sizes(parts.shape)}:{write_sizes(parts.stride)} / {write_sizes(parts.block)}"
-        f" / {write_sizes(parts.scope)} keep {write_keep(parts.keep)}"
+        f" / {write_sizes(parts.scope)} keep {write_keep(parts.keep)}{' each way' if parts.each_way else ''}"
     )
 
 
-def write_sizes(sizes: Sizes) -> str:
-    """Return a group of sizes as text, nested as it is."""
-    return "(" + ",".join(str(s) if isinstance(s, Size) else write_sizes(s) for s in sizes) + ")"
-
-
-def write_keep(keep: Keep) -> str:
-    """Return a budget as text: a count, or an exact percentage."""
-    if isinstance(keep, int):
-        return str(keep)
-    percent = keep * 100
-    decimal = f"{float(percent):f}".rstrip("0").rstrip(".")
-    return f"{decimal}%" if Fraction(decimal) == percent else f"{percent}%"
+def write_member(member: Member) -> str:
+    """Return what is said of one tensor of a coupling as text."""
+    tokens = [token.text for token in split(member.name)]
+    name = member.name if tokens == [member.name] and is_name(member.name) else f'"{member.name}"'
+    view = (member.shape, member.stride)
+    told = "" if view == IDENTITY else f"{write_sizes(member.shape)}:{write_sizes(member.stride)} / "
+    order = f" by ({','.join(map(str, member.order))})" if member.order else ""
+    return f"{name}: {told}{write_sizes(member.block)}{order}{' follows' if member.follows else ''}"
 
 
 def _write_short(parts: Parts) -> str | None:
@@ -130,7 +126,7 @@ def _write_short(parts: Parts) -> str | None:
     if all(isinstance(s, Size) and s.rows == s.inputs == 0 for s in parts.block) and len(parts.block) == 2:
         tile = "" if parts.block == (ONE, ONE) else "@{}x{}".format(*parts.block)
         forms += [f"{budget}{tile}", f"{budget}/row{tile}", f"{budget}/column{tile}"]
-        forms += [f"{budget}:{parts.scope[-1]}{tile}"]
+        forms += [f"{budget}:{parts.scope[-1]}{tile}", f"{budget}:{parts.scope[-1]}{tile} each way"]
     for form in forms:
         try:
             if read(form) == parts:
@@ -140,49 +136,55 @@ def _write_short(parts: Parts) -> str | None:
     return None
 
 
-class _Token(NamedTuple):
-    text: str
-    column: int
+class _Reader(Reader):
+    """Recursive descent over the grammar above."""
 
+    def pattern(self) -> Tree:
+        if is_name(self.peek()):
+            return self.coupling()
+        pattern: Parts | Chain | Sum = self.chain()
+        while self.accept("plus"):
+            pattern = Sum(pattern, self.spec())
+        return pattern
 
-class _Reader:
-    """Recursive descent over the tokens of one text, remembering the column of each."""
+    def chain(self) -> Parts | Chain:
+        first = self.spec()
+        return Chain(first, self.chain()) if self.accept("then") else first
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.tokens = list(_split(text))
-        self.at = 0
+    def coupling(self) -> Coupling:
+        groups = [self.group()]
+        while self.expect("|", "keep") == "|":
+            groups.append(self.group())
+        return Coupling(tuple(groups), self.budget())
 
-    def whole(self, rule: Callable[[_Reader], T]) -> T:
-        result = rule(self)
-        if self.peek():
-            raise self.error("the end of the spec")
-        return result
+    def group(self) -> tuple[tuple[Member, ...], Sizes | None]:
+        members = [self.member()]
+        while self.accept("&"):
+            members.append(self.member())
+        return tuple(members), self.sizes() if self.accept("/") else None
 
-    def peek(self) -> str:
-        return self.tokens[self.at].text if self.at < len(self.tokens) else ""
+    def member(self) -> Member:
+        name = self.peek()
+        if not is_name(name):
+            raise self.error("the name of a tensor, in double quotes if it is no plain word")
+        self.at += 1
+        self.expect(":")
+        view, block = IDENTITY, self.sizes()
+        if self.accept(":"):
+            view = block, self.sizes()
+            self.expect("/")
+            block = self.sizes()
+        order = self.order() if self.accept("by") else ()
+        return Member(name.strip('"'), *view, block, order, bool(self.accept("follows")))
 
-    def accept(self, *expected: str) -> str:
-        """Take the next token if it is one of those expected, else return an empty string."""
-        if self.peek() in expected and self.peek():
-            self.at += 1
-            return self.tokens[self.at - 1].text
-        return ""
-
-    def expect(self, *expected: str) -> str:
-        token = self.accept(*expected)
-        if not token:
-            raise self.error(" or ".join(repr(e) for e in expected))
-        return token
-
-    def error(self, expected: str, at: int | None = None) -> SpecError:
-        at = self.at if at is None else at
-        column = self.tokens[at].column if at < len(self.tokens) else len(self.text)
-        found = repr(self.tokens[at].text) if at < len(self.tokens) else "the end of the text"
-        return SpecError(
-            f"cannot read the spec at column {column + 1}: expected {expected}, found {found}\n"
-            f"    {self.text}\n    {' ' * column}^"
-        )
+    def order(self) -> tuple[int, ...]:
+        self.expect("(")
+        modes = []
+        while not modes or self.expect(",", ")") == ",":
+            if not self.peek().isdigit():
+                raise self.error("the number of a mode, from 0 on")
+            modes.append(int(self.number("a mode")))
+        return tuple(modes)
 
     def spec(self) -> Parts:
         return self.full() if self.peek() == "(" else self.short()
@@ -196,10 +198,16 @@ class _Reader:
         self.expect("/")
         scope = self.sizes()
         self.expect("keep")
+        keep = self.budget()
+        return Parts(shape, stride, block, scope, keep, isinstance(keep, int) and self.each_way())
+
+    def budget(self) -> Keep:
         start = self.at
         self.number("a count of blocks, or a percentage")
-        keep = self.percent(start) if self.peek() in ("%", "/") else self.count(start)
-        return Parts(shape, stride, block, scope, keep)
+        return self.percent(start) if self.peek() in ("%", "/") else self.count(start)
+
+    def each_way(self) -> bool:
+        return bool(self.accept("each") and self.expect("way"))
 
     def short(self) -> Parts:
         start = self.at
@@ -207,7 +215,8 @@ class _Reader:
         if self.accept(":"):
             keep = self.count(start)
             width = self.integer("the number of blocks in a scope")
-            return Parts(*IDENTITY, self.tile(), (ONE, width), keep)
+            block, each_way = self.tile(), self.each_way()
+            return Parts(*IDENTITY, block, (width if each_way else ONE, width), keep, each_way)
         keep = self.percent(start, otherwise="':' or '%'")
         if self.accept("rows"):
             return Parts(*IDENTITY, (ONE, INPUTS), (ROWS, ONE), keep)
@@ -243,54 +252,3 @@ class _Reader:
         rows = self.integer("the rows of a block, as in '@1x2'")
         self.expect("x")
         return rows, self.integer("the columns of a block, as in '@1x2'")
-
-    def sizes(self) -> Sizes:
-        self.expect("(")
-        entries: list[Size | Sizes] = [self.entry()]
-        while self.expect(",", ")") == ",":
-            entries.append(self.entry())
-        return tuple(entries)
-
-    def entry(self) -> Size | Sizes:
-        return self.sizes() if self.peek() == "(" else self.size()
-
-    def size(self) -> Size:
-        size = self.term()
-        while sign := self.accept("*", "/"):
-            size = size * self.term() if sign == "*" else size / self.term()
-        return size
-
-    def term(self) -> Size:
-        if name := self.accept("M", "K"):
-            return ROWS if name == "M" else INPUTS
-        return self.integer("an integer, 'M' (rows) or 'K' (inputs)")
-
-    def integer(self, what: str) -> Size:
-        if not self.peek().isdigit():
-            raise self.error(what)
-        if int(self.peek()) == 0:
-            raise self.error(f"{what}, at least 1")
-        return Size(Fraction(int(self.number(what))))
-
-    def number(self, what: str) -> Fraction:
-        if not self.peek()[:1].isdigit():
-            raise self.error(what)
-        self.at += 1
-        return Fraction(self.tokens[self.at - 1].text)
-
-
-def _split(text: str):
-    """Yield the tokens of a text: numbers, words of letters, and single signs."""
-    column = 0
-    while column < len(text):
-        end = column + 1
-        if text[column].isdecimal() and text[column].isascii():
-            while end < len(text) and (text[end].isdecimal() or (text[end] == "." and "." not in text[column:end])):
-                end += 1
-        elif text[column].isalpha():
-            while end < len(text) and text[end].isalpha():
-                end += 1
-        token = text[column:end]
-        if not token.isspace():
-            yield _Token(token, column)
-        column = end

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from s3lab.algebra.couple import Coupled
 from s3lab.algebra.patterns import parse
-from s3lab.algebra.spec import Spec
+from s3lab.algebra.spec import Pattern
 from s3lab.errors import SolveError
 from s3lab.shapes import Float
-from s3lab.solvers.base import Solution, Solver, conclude
+from s3lab.solvers.base import ALONE, Problems, Solution, Solver, conclude
 from s3lab.solvers.magnitude import Magnitude
 from s3lab.solvers.obd import OBD
 from s3lab.solvers.refit import Refit
@@ -41,21 +44,46 @@ def make_solver(solver: str | Solver) -> Solver:
     return SOLVERS[solver]()
 
 
+@overload
 def prune(
     W: Float[Tensor, "M K"],
-    spec: Spec | str,
+    spec: Pattern | str,
     H: Float[Tensor, "K K"] | None = None,
     solver: str | Solver = "sobs",
     *,
     H_test: Float[Tensor, "K K"] | None = None,
     damp: float = 1e-2,
     refit: bool = False,
-) -> Solution:
+) -> Solution: ...
+@overload
+def prune(
+    W: Mapping[str, Tensor],
+    spec: Pattern | str,
+    H: Mapping[str, Tensor] | None = None,
+    solver: str | Solver = "sobs",
+    *,
+    H_test: Mapping[str, Tensor] | None = None,
+    damp: float = 1e-2,
+    refit: bool = False,
+) -> dict[str, Solution]: ...
+def prune(
+    W: Tensor | Mapping[str, Tensor],
+    spec: Pattern | str,
+    H: Tensor | Mapping[str, Tensor] | None = None,
+    solver: str | Solver = "sobs",
+    *,
+    H_test: Tensor | Mapping[str, Tensor] | None = None,
+    damp: float = 1e-2,
+    refit: bool = False,
+) -> Solution | dict[str, Solution]:
     """Return the Solution of min tr (Ŵ−W)H(Ŵ−W)ᵀ over the Ŵ whose mask satisfies a spec, as a solver finds it.
 
     W (M, K) in any real dtype, on any device, is not touched; H (K, K) is the second moment of its inputs, of
     `hessian`, which only ``"magnitude"`` can do without; H_test, of other tokens, adds the held-out error.  ``damp``
     is added to the diagonal, as a fraction of its mean.  ``refit`` fits the kept weights exactly afterwards.
+
+    Under a coupling, W, H and H_test are such tensors by name, the sum over the leaders is what is least, and the
+    result is a Solution by name; tensors that share their inputs are quickest with the same H.  Followers need no H.
 
     Raises SpecError where the spec does not fit W, ShapeError for a W or H that is not finite or not of its shape,
     SolveError for an unknown solver or a missing H.
@@ -66,23 +94,29 @@ def prune(
     [4, 4, 4, 4]
     """
     spec = parse(spec) if isinstance(spec, str) else spec
-    problem = Problem(W, H, H_test, damp)
-    solution = make_solver(solver)(problem, spec)
-    if not refit:
-        return solution
-    with torch.no_grad(), Meter(W.device) as meter:
-        problem = replace(problem, damp=solution.stats["damp"])
-        fit = Refit()(problem, solution.mask)
+    weights, moments, tests = ({ALONE: x} if isinstance(x, Tensor) else dict(x or {}) for x in (W, H, H_test))
+    if unknown := (moments.keys() | tests.keys()) - weights.keys():
+        raise SolveError(f"second moments of {', '.join(sorted(unknown))}, of which there is no weight: give both")
+    problems = {name: Problem(w, moments.get(name), tests.get(name), damp) for name, w in weights.items()}
+    found = make_solver(solver).prune(problems, spec)
+    if refit:
+        found = _refit(problems, spec, found)
+    return found[ALONE] if isinstance(W, Tensor) else found
+
+
+def _refit(problems: Problems, spec: Pattern, found: dict[str, Solution]) -> dict[str, Solution]:
+    """Fit the kept weights of all tensors that have a say exactly, at the damping that was used."""
+    first = next(iter(found.values()))
+    with torch.no_grad(), Meter(first.weight.device) as meter:
+        leaders = [n for n in found if not isinstance(spec, Coupled) or n not in spec.followers]
+        fitted = {name: replace(problems[name], damp=found[name].stats["damp"]) for name in leaders}
+        fits = {name: Refit()(fitted[name], found[name].mask) for name in leaders}
     stats = {
-        "time_s": solution.stats["time_s"] + meter.time_s,
-        "refit_steps": fit.steps,
-        "residual": fit.residual,
+        **{key: value for key, value in first.stats.items() if key != "damp"},
+        "time_s": first.stats["time_s"] + meter.time_s,
+        "refit_steps": max(fit.steps for fit in fits.values()),
+        "residual": max(fit.residual for fit in fits.values()),
     }
-    return conclude(
-        problem,
-        spec,
-        solution.mask,
-        fit.weight,
-        f"{solution.solver} + {Refit()}",
-        {**solution.stats, **stats},
-    )
+    masks = {name: solution.mask for name, solution in found.items()}
+    weights = {name: fit.weight for name, fit in fits.items()}
+    return conclude({**problems, **fitted}, spec, masks, weights, f"{first.solver} + {Refit()}", stats)

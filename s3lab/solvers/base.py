@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from s3lab.algebra.compose import Nested, Salient
+from s3lab.algebra.couple import Coupled, CoupledPartition
 from s3lab.algebra.partition import Partition
-from s3lab.algebra.spec import Spec
-from s3lab.errors import SolveError
+from s3lab.algebra.spec import Pattern
+from s3lab.algebra.stage import Stage
+from s3lab.errors import SolveError, SpecError
 from s3lab.shapes import Bool, Float
+from s3lab.tensors.joint import join
 from s3lab.tensors.meter import Meter
 from s3lab.tensors.problem import Problem
+
+Bound = Partition | Nested | Salient | Stage
+Problems = Mapping[str, Problem]
+ALONE = ""  # the name of a tensor that is not coupled
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +40,7 @@ class Solution:
     mask: Bool[Tensor, "M K"]
     error: float | None
     error_test: float | None
-    spec: Spec
+    spec: Pattern
     solver: str
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -47,55 +56,85 @@ class Solution:
 class Solver(ABC):
     """A method with its options; its repr is its provenance.  Subclasses write `solve`."""
 
-    def __call__(self, problem: Problem, spec: Spec) -> Solution:
-        """Prune ``problem`` under ``spec``; the problem is not touched.
+    @overload
+    def __call__(self, problem: Problem, spec: Pattern) -> Solution: ...
+    @overload
+    def __call__(self, problem: Problems, spec: Pattern) -> dict[str, Solution]: ...
+    def __call__(self, problem: Problem | Problems, spec: Pattern) -> Solution | dict[str, Solution]:
+        """Prune ``problem`` under ``spec``, or several by name under a coupling; none of them is touched.
 
         A factorisation that fails inside raises the damping tenfold and starts again, which ``stats["damp"]`` shows.
         Raises SpecError or ShapeError where the spec does not fit, SolveError where the solver cannot go on.
         """
-        part = spec.bind(problem.shape)
-        with torch.no_grad(), Meter(problem.W.device) as meter:
-            problem, mask, weight, stats = self._solve_damped(problem, part)
-        return conclude(
-            problem,
-            spec,
-            mask,
-            weight,
-            repr(self),
-            {"time_s": meter.time_s, "mem_mib": meter.mem_mib, **stats},
-        )
+        return self.prune({ALONE: problem}, spec)[ALONE] if isinstance(problem, Problem) else self.prune(problem, spec)
+
+    def prune(self, problems: Problems, spec: Pattern) -> dict[str, Solution]:
+        """Prune problems by name, a single one under the name `ALONE`."""
+        alone, coupled = ALONE in problems, isinstance(spec, Coupled)
+        if alone is coupled:
+            raise SpecError(f"{spec} is for {'several tensors by name' if coupled else 'one tensor'}: give just that")
+        shapes = {name: problem.shape for name, problem in problems.items()}
+        bound = spec.bind(shapes if coupled else shapes[ALONE])
+        with torch.no_grad(), Meter(next(iter(problems.values())).W.device) as meter:
+            problems, masks, weights, stats = self._solve_damped(problems, bound)
+        stats = {"time_s": meter.time_s, "mem_mib": meter.mem_mib, **stats}
+        return conclude(problems, spec, masks, weights, repr(self), stats)
 
     @abstractmethod
-    def solve(self, problem: Problem, part: Partition) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def solve(self, problem: Problem, bound: Bound) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Return the mask, the weight in the working dtype, and what there is to say."""
 
-    def _solve_damped(self, problem: Problem, part: Partition) -> tuple[Problem, Tensor, Tensor, dict[str, Any]]:
+    def solve_coupled(
+        self, problems: Problems, bound: CoupledPartition
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """Return the masks of all tensors, the weights of the leaders, and what there is to say.
+
+        ``problems`` are those of the leaders.  As one problem along a diagonal, unless a solver knows better.
+        """
+        joint = join(problems, bound)
+        mask, weight, stats = self.solve(joint.problem, joint.stage)
+        return bound.scatter(joint.stage.gather(mask)), joint.split(weight), stats
+
+    def _solve_damped(
+        self, problems: Problems, bound: Bound | CoupledPartition
+    ) -> tuple[Problems, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         while True:
             try:
-                return problem, *self.solve(problem, part)
+                if not isinstance(bound, CoupledPartition):
+                    mask, weight, stats = self.solve(problems[ALONE], bound)
+                    return problems, {ALONE: mask}, {ALONE: weight}, stats
+                return problems, *self.solve_coupled({name: problems[name] for name in bound.leaders}, bound)
             except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-                problem = problem.damped_more()
+                problems = {name: p if p.H is None else p.damped_more() for name, p in problems.items()}
 
 
 def conclude(
-    problem: Problem, spec: Spec, mask: Tensor, weight: Tensor, solver: str, stats: dict[str, Any]
-) -> Solution:
-    """Check a result against its spec and measure it.
+    problems: Problems,
+    spec: Pattern,
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    solver: str,
+    stats: dict[str, Any],
+) -> dict[str, Solution]:
+    """Check results against their spec and measure them; of tensors without a new weight, the old one is masked.
 
-    Raises SpecError if the mask breaks the spec, SolveError if the weight is not finite: both are faults of a
-    solver, never of its input.
+    Raises SpecError if a mask breaks the spec, SolveError if a weight is not finite: both are faults of a solver,
+    never of its input.
     """
-    spec.check(mask)
-    weight = weight.masked_fill(~mask, 0).to(problem.W.dtype)
-    if not weight.isfinite().all():
-        raise SolveError(
-            f"{solver} on {spec} gave weights beyond the range of {problem.W.dtype} at damp = {problem.damp:g}: "
-            "raise the damping, or prune in float32"
-        )
-    if problem.H is None:
-        return Solution(weight, mask, None, None, spec, solver, stats)
-    stats = {**stats, "damp": problem.damping}
-    return Solution(weight, mask, problem.error(weight), problem.error_test(weight), spec, solver, stats)
+    spec.check(masks if isinstance(spec, Coupled) else masks[ALONE])
+    found = {}
+    for name, problem in problems.items():
+        weight = weights.get(name, problem.weight).masked_fill(~masks[name], 0).to(problem.W.dtype)
+        if not weight.isfinite().all():
+            raise SolveError(
+                f"{solver} on {spec} gave weights beyond the range of {problem.W.dtype} at damp = {problem.damp:g}: "
+                "raise the damping, or prune in float32"
+            )
+        known = problem.H is not None
+        error, error_test = (problem.error(weight), problem.error_test(weight)) if known else (None, None)
+        told = {**stats, "damp": problem.damping} if known else stats
+        found[name] = Solution(weight, masks[name], error, error_test, spec, solver, told)
+    return found
 
 
 @dataclass(frozen=True)
@@ -106,5 +145,10 @@ class ScoreSolver(Solver):
     def score(self, problem: Problem) -> Float[Tensor, "M K"]:
         """Return the worth of each weight on its own."""
 
-    def solve(self, problem: Problem, part: Partition) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        return part.project(self.score(problem)), problem.weight, {}
+    def solve(self, problem: Problem, bound: Bound) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        return bound.project(self.score(problem)), problem.weight, {}
+
+    def solve_coupled(
+        self, problems: Problems, bound: CoupledPartition
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        return bound.project({name: self.score(problem) for name, problem in problems.items()}), {}, {}

@@ -1,0 +1,370 @@
+"""Couplings: blocks of several tensors that share one fate, scopes of several tensors that share one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from math import comb, prod
+from typing import TYPE_CHECKING
+
+from s3lab.algebra import text
+from s3lab.algebra.count import index_bits
+from s3lab.algebra.layout import Layout
+from s3lab.algebra.partition import Partition
+from s3lab.algebra.sizes import Keep, Size, Sizes, write_keep, write_sizes
+from s3lab.algebra.spec import MATRIX, Block, Pattern, Scope, View, bind_sizes, cut, read_sizes
+from s3lab.errors import ShapeError, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A tensor of a coupling: its name, its view and block, and the order in which its grid's modes are taken.
+
+    A member that ``follows`` is pruned with the blocks of the others and has no say in which: the rows of a layer
+    whose outputs a removed column of the next would read.
+
+    >>> str(Member("gate_proj", Block((1, "K")), follows=True))
+    'gate_proj: (1,K) follows'
+    """
+
+    name: str
+    block: Block
+    view: View = MATRIX
+    order: tuple[int, ...] = ()
+    follows: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or '"' in self.name:
+            raise SpecError(f"{self.name!r} names no tensor: give a text without double quotes")
+        modes = len(self.view.shape)
+        if len(self.block.shape) != modes:
+            raise SpecError(f"the block {self.block} of {self.name} has not the {modes} modes of its view {self.view}")
+
+    def grid(self, shape: Shape) -> tuple[Layout, Layout]:
+        """Return the grid of blocks on a weight (M, K), its modes in order, and the block."""
+        grid, block = cut(self.view.on(*shape), bind_sizes(self.block.shape, *shape), "block", str(self))
+        if self.order:
+            if sorted(self.order) != list(range(grid.rank)):
+                raise SpecError(
+                    f"{self}: by {self.order} is no order of the {grid.rank} modes of its grid, {_extents(grid)} "
+                    f"blocks on {shape}: name each of the modes {tuple(range(grid.rank))} once"
+                )
+            grid = Layout.of(*(grid[mode] for mode in self.order))
+        return grid, block
+
+    @property
+    def told_grid(self) -> str:
+        """The grid of blocks in sizes, as far as a block divides its view mode by mode."""
+        pairs = zip(self.view.shape, self.block.shape, strict=True)
+        cut = [whole / part if isinstance(whole, Size) and isinstance(part, Size) else None for whole, part in pairs]
+        told = ", ".join("?" if size is None else str(size) for size in cut)
+        return f"{self.name}, a grid of ({told}) blocks"
+
+    def __str__(self) -> str:
+        view, block = self.view, self.block.shape
+        return text.write_member(text.Member(self.name, view.shape, view.stride, block, self.order, self.follows))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors whose blocks at one place of their grids share one fate, and the scope they compete in.
+
+    Grids are compared by their extents above 1.  ``scope`` counts blocks along the modes of the first tensor's grid;
+    None is the whole grid.
+    """
+
+    members: tuple[Member, ...]
+    scope: Sizes | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "members", tuple(self.members))
+        if self.scope is not None:
+            object.__setattr__(self, "scope", read_sizes(self.scope, "the scope"))
+        if not self.members:
+            raise SpecError("a group of no tensors couples nothing: give at least one")
+        if all(member.follows for member in self.members):
+            raise SpecError(f"{self}: all tensors follow, and none says what a block costs: let one lead")
+
+    def bind(self, shapes: Mapping[str, Shape]) -> dict[str, Layout]:
+        """Return for each tensor its canonical layout (scopes, blocks, elements); SpecError where grids differ."""
+        first = self.members[0]
+        leader, _ = first.grid(shapes[first.name])
+        grids = {}
+        for member in self.members:
+            try:
+                grids[member] = member.grid(shapes[member.name])
+            except SpecError as error:
+                raise SpecError(f"{error}\n    to match {_extents(leader)} blocks of {first.name}") from None
+        extents = _extents(leader)
+        if self.scope is not None:
+            extents = bind_sizes(self.scope, *shapes[first.name])
+            if len(extents) != leader.rank:
+                raise SpecError(
+                    f"the scope {write_sizes(self.scope)} of {self} has {len(extents)} modes and the grid of "
+                    f"{first.name}, {_extents(leader)}, has {leader.rank}"
+                )
+            cut(leader, extents, "scope", str(self))
+        extents = tuple(n for n, size in zip(extents, _extents(leader), strict=True) if size > 1) or (1,)
+        layouts = {}
+        for member, (grid, block) in grids.items():
+            if _proper(_extents(grid)) != _proper(_extents(leader)):
+                raise SpecError(
+                    f"the grids of {first.name} and {member.name} do not match: {_extents(leader)} blocks on "
+                    f"{shapes[first.name]} and {_extents(grid)} on {shapes[member.name]}; their extents above 1 must "
+                    "be the same, in the same order: change a block, or the order with 'by'"
+                )
+            modes = [mode for mode in grid if mode.size > 1] or [grid[0]]
+            scopes, blocks = cut(Layout.of(*modes), extents, "scope", str(self))
+            layouts[member.name] = Layout.of(scopes, blocks, block)
+        return layouts
+
+    def __str__(self) -> str:
+        told = " & ".join(str(member) for member in self.members)
+        return told if self.scope is None else f"{told} / {write_sizes(self.scope)}"
+
+
+@dataclass(frozen=True, repr=False)
+class Coupled(Pattern):
+    """Groups of tensors whose scopes at one place share one budget: ``keep`` of all their blocks.
+
+    As text, tensors of a group stand between ``&`` and groups between ``|``:
+
+    ==============================================  ==============================================================
+    ``down: (M,1) & up: (1,K) follows keep 75%``    3 of 4 columns with the rows that feed them
+    ``q: (64,K) & o: (M,64) keep 8``                8 heads of 64: rows of q with columns of o
+    ``q: (1,1) & k: (1,1) / (1,4) keep 2``          one 2:4 mask for two tensors
+    ``q: (1,1) / (1,4) | k: (1,1) / (1,4) keep 4``  4 of the 8 weights at one place of either tensor
+    ``q: (1,1) | k: (1,1) | v: (1,1) keep 50%``     half of the weights of all three
+    ==============================================  ==============================================================
+
+    A tensor is told as ``name: block`` or ``name: shape:stride / block``, then ``by (1,0)`` to take the modes of its
+    grid in another order, and ``follows`` where it has no say.  Raises SpecError for a tensor named twice.
+
+    >>> from s3lab import parse
+    >>> pair = parse("down: (M,1) & up: (1,K) follows keep 50%").bind({"down": (2, 4), "up": (4, 3)})
+    >>> pair.S, pair.B, pair.E, pair.density, pair.leaders
+    (1, 4, 5, 0.5, ('down',))
+    """
+
+    groups: tuple[Group, ...]
+    keep: Keep
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))
+        object.__setattr__(self, "keep", Scope((1,), keep=self.keep).keep)
+        names = self.names
+        for name in names:
+            if names.count(name) > 1:
+                twice = [member.told_grid for group in self.groups for member in group.members if member.name == name]
+                raise SpecError(f"{name} is coupled with itself, as {' and as '.join(twice)}: name each tensor once")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors, in order."""
+        return tuple(member.name for group in self.groups for member in group.members)
+
+    @property
+    def followers(self) -> frozenset[str]:
+        """The names of the tensors that have no say in which blocks go."""
+        return frozenset(member.name for group in self.groups for member in group.members if member.follows)
+
+    def bind(self, shape: Mapping[str, Shape]) -> CoupledPartition:
+        """Return the canonical form on tensors of these shapes (M, K) by name.
+
+        Raises SpecError for a name that is missing or unknown, for grids or numbers of scopes that do not match.
+        """
+        if not isinstance(shape, Mapping):
+            raise SpecError(f"{self} couples tensors: bind it to their shapes by name, not to {shape}")
+        if wrong := set(shape) ^ set(self.names):
+            raise SpecError(
+                f"{', '.join(sorted(wrong))} is on one side only: coupled are "
+                f"{'; '.join(m.told_grid for g in self.groups for m in g.members)}; given are the tensors "
+                f"{', '.join(f'{name} {tuple(extents)}' for name, extents in shape.items())}"
+            )
+        for name, extents in shape.items():
+            if len(extents) != 2 or any(not isinstance(n, int) or n < 1 for n in extents):
+                raise ShapeError(f"{name}: a weight (M, K) has two positive extents, not {tuple(extents)}")
+        return _bind_coupled(self, tuple((name, (shape[name][0], shape[name][1])) for name in self.names))
+
+    def check(self, mask: Mapping[str, Tensor]) -> None:
+        """Raise SpecError, naming the first scope at fault, unless the masks by name keep what this asks for."""
+        self.bind({name: (m.shape[0], m.shape[1]) for name, m in mask.items()}).check(mask)
+
+    def __str__(self) -> str:
+        return f"{' | '.join(str(group) for group in self.groups)} keep {write_keep(self.keep)}"
+
+
+@dataclass(frozen=True)
+class CoupledPartition:
+    """A coupling on tensors: S scopes of B blocks; a block is made of the blocks of all tensors of its group.
+
+    ``parts`` holds, per group, each tensor's own canonical layout; all groups have S scopes.  Made by `Coupled.bind`.
+    """
+
+    text: str
+    groups: tuple[tuple[tuple[str, Partition], ...], ...]
+    followers: frozenset[str]
+    keep: int
+
+    @cached_property
+    def parts(self) -> dict[str, Partition]:
+        """The canonical layout of each tensor by name."""
+        return {name: part for group in self.groups for name, part in group}
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape (M, K) of each tensor by name."""
+        return {name: part.shape for name, part in self.parts.items()}
+
+    @property
+    def leaders(self) -> tuple[str, ...]:
+        """The tensors whose weights a block's cost is the sum over."""
+        return tuple(name for name in self.parts if name not in self.followers)
+
+    @property
+    def S(self) -> int:
+        """Number of scopes."""
+        return self.groups[0][0][1].S
+
+    @property
+    def B(self) -> int:
+        """Number of blocks in a scope, over all groups."""
+        return sum(group[0][1].B for group in self.groups)
+
+    @property
+    def E(self) -> int:
+        """Number of elements in the largest block, over all tensors of its group."""
+        return max(sum(part.E for _, part in group) for group in self.groups)
+
+    @property
+    def density(self) -> float:
+        """Share of the blocks that is kept, which is that of the weights unless groups with unlike blocks share."""
+        return self.keep / self.B
+
+    @property
+    def storage_bits(self) -> float:
+        """Bits per weight that an index takes: ⌈log2 C(B, keep)⌉ a scope, over the weights of all tensors."""
+        return index_bits(self.B, self.keep) * self.S / self._weights
+
+    @property
+    def bitmask_bits(self) -> float:
+        """Bits per weight of a mask with a bit for each block."""
+        return self.B * self.S / self._weights
+
+    @property
+    def mask_count(self) -> int:
+        """Number of masks, C(B, keep)^S, exactly."""
+        return comb(self.B, self.keep) ** self.S
+
+    @property
+    def _weights(self) -> int:
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    def blocks(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the weights (M, K) by name as (S, B, E), those of a block side by side, zero where it has fewer."""
+        rows = []
+        for group in self.groups:
+            members = [part.blocks(weights[name]) for name, part in group]
+            free = self.E - sum(part.E for _, part in group)
+            rows.append(_concat([*members, members[0].new_zeros(self.S, members[0].shape[1], free)], 2))
+        return _concat(rows, 1)
+
+    def scatter(self, values: Tensor) -> dict[str, Tensor]:
+        """Return weight-shaped tensors by name whose blocks are ``values``, (S, B, E) or (S, B) for whole blocks."""
+        out, block = {}, 0
+        for group in self.groups:
+            own, element = values[:, block : block + group[0][1].B], 0
+            for name, part in group:
+                out[name] = part.scatter(own if own.ndim == 2 else own[..., element : element + part.E])
+                element += part.E
+            block += group[0][1].B
+        return out
+
+    def cost(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum of element scores (M, K) over the leaders of each block, (S, B)."""
+        return _concat(
+            [
+                sum((part.blocks(scores[name]).sum(-1) for name, part in group if name not in self.followers), start=0)
+                for group in self.groups
+            ],
+            1,
+        )
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return which blocks are kept, bool (S, B): the ``keep`` highest of each scope, of equals the first ones."""
+        flat = Layout.of(*(Layout((n,)) for n in (self.S, self.B, 1)))
+        return Partition(self.text, (self.S, self.B), flat, self.keep).choose(scores)
+
+    def project(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the masks by name of the blocks with the highest sums of element scores over the leaders."""
+        return self.scatter(self.choose(self.cost(scores)))
+
+    def check(self, masks: Mapping[str, Tensor]) -> None:
+        """Raise SpecError, naming the first scope at fault, unless the bool masks (M, K) by name satisfy the spec."""
+        counts = []
+        for group in self.groups:
+            kept = [part.blocks(masks[name] != 0).long().sum(-1) for name, part in group]
+            whole = sum(part.E for _, part in group)
+            total = sum(kept[1:], start=kept[0])
+            partial = (total > 0) & (total < whole)
+            if bool(partial.any()):
+                scope, block = divmod(int(partial.reshape(-1).long().argmax()), partial.shape[1])
+                told = ", ".join(
+                    f"{int(k[scope, block])} of {part.E} in {name}" for k, (name, part) in zip(kept, group, strict=True)
+                )
+                raise SpecError(f"the masks break {self.text}: of block {block} of scope {scope} they keep {told}")
+            counts.append((total == whole).long())
+        count = _concat(counts, 1).sum(1)
+        if bool((count != self.keep).any()):
+            scope = int((count != self.keep).long().argmax())
+            raise SpecError(
+                f"the masks break {self.text} at scope {scope}: {int(count[scope])} of {self.B} blocks kept, "
+                f"not {self.keep}"
+            )
+
+
+def _concat(tensors: list[Tensor], dim: int) -> Tensor:
+    """Join tensors of equal other extents along a mode, in their own methods."""
+    first = tensors[0]
+    shape = list(first.shape)
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    out, at = first.new_empty(shape), 0
+    for tensor in tensors:
+        out.narrow(dim, at, tensor.shape[dim]).copy_(tensor)
+        at += tensor.shape[dim]
+    return out
+
+
+@lru_cache(maxsize=256)
+def _bind_coupled(spec: Coupled, shapes: tuple[tuple[str, Shape], ...]) -> CoupledPartition:
+    by_name = dict(shapes)
+    bound = [group.bind(by_name) for group in spec.groups]
+    first, S = spec.groups[0], next(iter(bound[0].values()))[0].size
+    for group, layouts in zip(spec.groups, bound, strict=True):
+        scopes = next(iter(layouts.values()))[0]
+        if scopes.size != S:
+            raise SpecError(
+                f"the scopes of {first} and {group} do not match: grids of {_extents(next(iter(bound[0].values()))[0])}"
+                f" and {_extents(scopes)} scopes; scopes that share a budget must be as many"
+            )
+    blocks = sum(next(iter(layouts.values()))[1].size for layouts in bound)
+    keep = Scope((blocks,), keep=spec.keep).count(blocks)
+    groups = tuple(
+        tuple((name, Partition(f"{spec} ({name})", by_name[name], layout, 1)) for name, layout in layouts.items())
+        for layouts in bound
+    )
+    return CoupledPartition(str(spec), groups, spec.followers, keep)
+
+
+def _extents(grid: Layout) -> tuple[int, ...]:
+    return tuple(mode.size for mode in grid)
+
+
+def _proper(extents: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in extents if n > 1)

@@ -1,9 +1,11 @@
 """s3lab: structured sparsity as an algebra, and every pruning solver on all of it."""
 
+from s3lab.algebra.compose import Plus, Then
+from s3lab.algebra.couple import Coupled, Group, Member
 from s3lab.algebra.layout import Layout
 from s3lab.algebra.partition import Partition
 from s3lab.algebra.patterns import PATTERNS, parse
-from s3lab.algebra.spec import Block, Scope, Spec, View
+from s3lab.algebra.spec import Block, Pattern, Scope, Spec, View
 from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
 from s3lab.models.sequential import prune_model
 from s3lab.solvers import OBD, SOBS, SOLVERS, Magnitude, Refit, Solution, SparseGPT, Wanda, prune
@@ -16,11 +18,16 @@ __all__ = [
     "SOBS",
     "SOLVERS",
     "Block",
+    "Coupled",
     "DataError",
+    "Group",
     "Layout",
     "Magnitude",
+    "Member",
     "Moment",
     "Partition",
+    "Pattern",
+    "Plus",
     "Problem",
     "Refit",
     "S3Error",
@@ -31,6 +38,7 @@ __all__ = [
     "SparseGPT",
     "Spec",
     "SpecError",
+    "Then",
     "View",
     "Wanda",
     "hessian",

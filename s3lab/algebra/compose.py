@@ -139,19 +139,26 @@ class Nested(Composed):
         return mask.view(self.shape)
 
     def check(self, mask: Tensor) -> None:
-        """Raise SpecError unless the bool mask (M, K) can be had by the first part and then the second.
+        """Raise SpecError unless the bool mask (M, K) is one of the first part and then of the second.
 
-        Where a kept block keeps nothing of its own, which block it was cannot be told, and the first empty one is
-        taken for it.
+        Where a kept block keeps nothing of its own, which block it was cannot be told from the mask: then only the
+        number of weights is checked beside the number of blocks.
         """
-        full = (self.first.blocks(mask != 0).sum(-1) > 0).long()
-        if bool((full.sum(1) > self.first.keep).any()):
-            scope = int((full.sum(1) > self.first.keep).long().argmax())
+        full = self.first.blocks(mask != 0).any(-1)
+        count = full.sum(1)
+        if bool((count > self.first.keep).any()):
+            scope = int((count > self.first.keep).long().argmax())
             raise SpecError(
                 f"the mask breaks {self.text} on {self.shape} at scope {scope} of {self.first.text}: weights are kept "
-                f"in {int(full[scope].sum())} of its blocks, not in {self.first.keep}"
+                f"in {int(count[scope])} of its blocks, not in {self.first.keep}"
             )
-        self.second.check(mask.reshape(-1)[self._survivors(full)])
+        if bool((count == self.first.keep).all()):
+            self.second.check(mask.reshape(-1)[self._survivors(full)])
+        elif (kept := int((mask != 0).sum())) != round(self.density * prod(self.shape)):
+            raise SpecError(
+                f"the mask keeps {kept} weights where {self.text} on {self.shape} keeps "
+                f"{round(self.density * prod(self.shape))}"
+            )
 
     def _survivors(self, kept: Tensor) -> Tensor:
         """The offsets (M', K') of the weights in the blocks kept, (S, B), laid side by side."""

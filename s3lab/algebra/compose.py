@@ -102,6 +102,11 @@ class Nested(Composed):
     second: Partition | Nested
 
     @property
+    def first_part(self) -> Partition:
+        """The part that decides first."""
+        return self.first
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(M, K)."""
         return self.first.shape
@@ -185,6 +190,11 @@ class Salient(Composed):
     salient: Partition
 
     @property
+    def first_part(self) -> Partition:
+        """The part that decides first, beside the salient ones."""
+        return self.main.first_part
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(M, K)."""
         return self.salient.shape
@@ -203,9 +213,7 @@ class Salient(Composed):
     def _rest(self) -> float:
         """The share of the main part's scopes that has something to decide: less than all where salient blocks are
         as large as scopes, and hide them."""
-        part = self.main
-        while not isinstance(part, Partition):
-            part = part.first if isinstance(part, Nested) else part.main
+        part = self.first_part
         if part.B * part.E > self.salient.E:
             return 1.0
         number = self.salient.layout.right_inverse()
@@ -248,3 +256,6 @@ class Salient(Composed):
                 f"the mask breaks {self.text} on {self.shape} at scope {scope} of {part.text}: it keeps "
                 f"{int(whole[scope])} whole blocks of {part.B}, fewer than {part.keep}"
             )
+
+
+Bound = Partition | Nested | Salient

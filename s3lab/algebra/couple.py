@@ -12,7 +12,7 @@ from s3lab.algebra import text
 from s3lab.algebra.count import index_bits
 from s3lab.algebra.layout import Layout
 from s3lab.algebra.partition import Partition
-from s3lab.algebra.sizes import Keep, Size, Sizes, write_keep, write_sizes
+from s3lab.algebra.sizes import ONE, Keep, Size, Sizes, write_keep, write_sizes
 from s3lab.algebra.spec import MATRIX, Block, Pattern, Scope, View, bind_sizes, cut, read_sizes
 from s3lab.errors import ShapeError, SpecError
 
@@ -157,7 +157,7 @@ class Coupled(Pattern):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))
-        object.__setattr__(self, "keep", Scope((1,), keep=self.keep).keep)
+        object.__setattr__(self, "keep", Scope((ONE,), keep=self.keep).keep)
         names = self.names
         for name in names:
             if names.count(name) > 1:
@@ -288,13 +288,11 @@ class CoupledPartition:
 
     def cost(self, scores: Mapping[str, Tensor]) -> Tensor:
         """Return the sum of element scores (M, K) over the leaders of each block, (S, B)."""
-        return _concat(
-            [
-                sum((part.blocks(scores[name]).sum(-1) for name, part in group if name not in self.followers), start=0)
-                for group in self.groups
-            ],
-            1,
-        )
+        costs = []
+        for group in self.groups:
+            own = [part.blocks(scores[name]).sum(-1) for name, part in group if name not in self.followers]
+            costs.append(sum(own[1:], start=own[0]))
+        return _concat(costs, 1)
 
     def choose(self, scores: Tensor) -> Tensor:
         """Return which blocks are kept, bool (S, B): the ``keep`` highest of each scope, of equals the first ones."""
@@ -354,7 +352,7 @@ def _bind_coupled(spec: Coupled, shapes: tuple[tuple[str, Shape], ...]) -> Coupl
                 f" and {_extents(scopes)} scopes; scopes that share a budget must be as many"
             )
     blocks = sum(next(iter(layouts.values()))[1].size for layouts in bound)
-    keep = Scope((blocks,), keep=spec.keep).count(blocks)
+    keep = Scope((Size.of(blocks),), keep=spec.keep).count(blocks)
     groups = tuple(
         tuple((name, Partition(f"{spec} ({name})", by_name[name], layout, 1)) for name, layout in layouts.items())
         for layouts in bound

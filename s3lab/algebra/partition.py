@@ -36,6 +36,11 @@ class Partition:
     lines: int | None = None
 
     @property
+    def first_part(self) -> Partition:
+        """The part that decides first: this, which is all there is."""
+        return self
+
+    @property
     def S(self) -> int:
         """Number of scopes."""
         return self.layout[0].size

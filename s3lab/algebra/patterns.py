@@ -17,10 +17,21 @@ PATTERNS: dict[str, str] = {
     "block16": "(M/16,8,2,K):(16*K,K,8*K,1) / (1,1,1,16) / (1,1,2,1) keep 1",
     # S3, Figure 1: a 32×16 left operand that packs into one dense 16×16 tensor-core fragment
     "mma-m16n8k16": "(M/32,2,2,8,K):(32*K,16*K,8*K,K,1) / (1,1,1,1,16) / (1,1,2,1,1) keep 1",
-    "tiles16": "1:2@16x16",
     "unstructured": "50%",
+    "tiles16": "1:2@16x16",
+    "blocks4": "50%@4x4",
+    "blocks16": "50%@16x16",
+    "vectors32": "50%@32x1",
     "rows": "50% rows",
     "columns": "50% columns",
+    "heads64": "(M,K):(K,1) / (M,64) / (1,K/64) keep 50%",
+    # V:N:M: in each tile of V rows, 4 of M columns, and 2 of those 4 in each row
+    "vnm-64:2:8": "4:8@64x1 then 2:4",
+    "vnm-128:2:16": "4:16@128x1 then 2:4",
+    "transposable-2:4": "2:4 each way",
+    "transposable-8:16": "8:16 each way",
+    "patch-2:4": "2:4 plus 25%@128x128",
+    "salient-8:16": "8:16 plus 16:256",
 }
 
 

@@ -30,7 +30,8 @@ class Size:
         if isinstance(value, int) and not isinstance(value, bool):
             return cls(Fraction(value))
         if isinstance(value, str):
-            return Reader(value).whole(Reader.size)
+            reader = Reader(value)
+            return reader.whole(reader.size)
         raise SpecError(f"{value!r} is no size: give an integer or text such as 'K/16'")
 
     def __mul__(self, other: Size) -> Size:
@@ -94,8 +95,8 @@ class Reader:
         self.tokens = list(split(text))
         self.at = 0
 
-    def whole(self, rule: Callable[[Reader], T]) -> T:
-        result = rule(self)
+    def whole(self, rule: Callable[[], T]) -> T:
+        result = rule()
         if self.peek():
             raise self.error("the end of the spec")
         return result

@@ -98,7 +98,8 @@ def read(text: str) -> Tree:
     >>> read("2:4").keep, write(read("(M,K):(K,1) / (1,1) / (1,4) keep 2"))
     (2, '2:4')
     """
-    return _Reader(text).whole(_Reader.pattern)
+    reader = _Reader(text)
+    return reader.whole(reader.pattern)
 
 
 def write(parts: Parts) -> str:

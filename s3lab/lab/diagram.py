@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
+    from s3lab.algebra.compose import Bound
     from s3lab.algebra.partition import Partition
     from s3lab.algebra.spec import Spec
 
 
 def draw_pattern(
-    partition: Partition,
+    bound: Bound,
     mask: Tensor | None = None,
     *,
     title: str = "",
@@ -31,30 +32,31 @@ def draw_pattern(
     """Draw a spec on a weight, cell by cell: a colour for each block of a scope, an outline round each scope.
 
     With a ``mask`` (M, K) the kept cells are filled and the pruned ones pale, with a dot.  The first scope's
-    outline is heavy, to show which cells belong together where the view scatters them.
+    outline is heavy, to show which cells belong together where the view scatters them.  Of a composed pattern, blocks
+    and scopes are those of its first part.
 
     >>> from s3lab import parse
     >>> draw_pattern(parse("2:4").bind((4, 8)), title="2 of 4").axes[0].get_title()
     '2 of 4'
     """
     with plot.style():
-        rows, columns = partition.shape
+        rows, columns = bound.shape
         fig = Figure(figsize=(width, width * rows / columns + 0.35), layout="constrained")
-        _draw(fig.subplots(), partition, mask, title=title)
+        _draw(fig.subplots(), bound, mask, title=title)
     return fig
 
 
 def draw_patterns(
-    items: Sequence[tuple[str, Partition, Tensor | None]], *, columns: int = 2, width: float = plot.PAGE
+    items: Sequence[tuple[str, Bound, Tensor | None]], *, columns: int = 2, width: float = plot.PAGE
 ) -> Figure:
-    """Draw several patterns, (title, partition, mask) each, on one page."""
+    """Draw several patterns, (title, bound, mask) each, on one page."""
     lines = -(-len(items) // columns)
-    tallest = max(partition.shape[0] / partition.shape[1] for _, partition, _ in items)
+    tallest = max(bound.shape[0] / bound.shape[1] for _, bound, _ in items)
     with plot.style():
         fig = Figure(figsize=(width, lines * (width / columns * tallest + 0.2)), layout="constrained")
         axes = fig.subplots(lines, columns, squeeze=False).ravel()
-        for ax, (title, partition, mask) in zip(axes, items, strict=False):
-            _draw(ax, partition, mask, title=title)
+        for ax, (title, bound, mask) in zip(axes, items, strict=False):
+            _draw(ax, bound, mask, title=title)
         for ax in axes[len(items) :]:
             ax.set_axis_off()
     return fig
@@ -86,12 +88,13 @@ def draw_steps(spec: Spec, shape: tuple[int, int], mask: Tensor | None = None, *
     return fig
 
 
-def _draw(ax: Axes, partition: Partition, mask: Tensor | None = None, *, title: str = "") -> None:
+def _draw(ax: Axes, bound: Bound, mask: Tensor | None = None, *, title: str = "") -> None:
     """Draw a spec on the given axes, as `draw_pattern` does."""
+    partition = bound.first_part
     scope, block = _places(partition)
     kept = np.ones_like(scope, dtype=bool) if mask is None else mask.cpu().numpy().astype(bool)
     colours = _colours(block)
-    _paint(ax, np.where(kept[..., None], colours, 1 - 0.18 * (1 - colours)), title or partition.text)
+    _paint(ax, np.where(kept[..., None], colours, 1 - 0.18 * (1 - colours)), title or bound.text)
     dots = [Rectangle((k + 0.42, m + 0.42), 0.16, 0.16) for m, k in zip(*np.nonzero(~kept), strict=True)]
     ax.add_collection(PatchCollection(dots, facecolor=plot.INK, linewidth=0, rasterized=True))
     _outline(ax, scope * partition.B + block, "white")

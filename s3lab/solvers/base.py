@@ -10,9 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from s3lab.algebra.compose import Nested, Salient
+from s3lab.algebra import compose
 from s3lab.algebra.couple import Coupled, CoupledPartition
-from s3lab.algebra.partition import Partition
 from s3lab.algebra.spec import Pattern
 from s3lab.algebra.stage import Stage
 from s3lab.errors import SolveError, SpecError
@@ -21,7 +20,7 @@ from s3lab.tensors.joint import join
 from s3lab.tensors.meter import Meter
 from s3lab.tensors.problem import Problem
 
-Bound = Partition | Nested | Salient | Stage
+Bound = compose.Bound | Stage
 Problems = Mapping[str, Problem]
 ALONE = ""  # the name of a tensor that is not coupled
 

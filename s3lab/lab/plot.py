@@ -128,6 +128,41 @@ def scatter(
     return fig
 
 
+def dots(
+    df: DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    *,
+    xlabel: str | None = None,
+    log: bool = False,
+    width: float = COLUMN,
+) -> Figure:
+    """Draw column ``x`` as marks on one line per value of ``y``, from the top in order of appearance.
+
+    ``hue`` tells the marks of a line apart; a thin line joins them.  Raises DataError if the table lacks a column.
+    """
+    _expect(df, x, y, hue)
+    lines = list(df[y].unique())
+    with style({"axes.grid.axis": "both"}):
+        fig = Figure(figsize=(width, 0.17 * len(lines) + 0.8), layout="constrained")
+        ax = fig.subplots()
+        spans = df.groupby(y, sort=False)[x].agg(["min", "max"]).loc[lines]
+        ax.hlines(range(len(lines)), spans["min"], spans["max"], color="#BBBBBB", linewidth=1)
+        for i, name in enumerate(df[hue].unique()):
+            rows = df[df[hue] == name]
+            at = [lines.index(line) for line in rows[y]]
+            ax.scatter(rows[x], at, 16, color=COLOURS[i % 8], marker=MARKERS[i % 8], label=name, zorder=3)
+        ax.set_yticks(range(len(lines)), [str(line) for line in lines])
+        ax.set(xlabel=xlabel or _words(x), ylim=(len(lines) - 0.5, -0.5))
+        ax.tick_params(axis="y", length=0)
+        ax.grid(True)
+        if log:
+            ax.set_xscale("log")
+        _legend(fig, [ax], hue)
+    return fig
+
+
 def heat(
     df: DataFrame,
     x: str,

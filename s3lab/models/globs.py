@@ -22,8 +22,7 @@ def assign(names: Iterable[str], table: Mapping[str, T], root: str = "") -> dict
     names = list(names)
     chosen = {}
     for name in names:
-        short = name.removeprefix(root)
-        chosen[name] = next((g for g in table if fnmatchcase(name, g) or fnmatchcase(short, g)), None)
+        chosen[name] = next((glob for glob in table if matches(name, glob, root)), None)
     if unmatched := [name for name, glob in chosen.items() if glob is None]:
         raise SpecError(
             f"no glob of {', '.join(table) or 'an empty table'} matches {_few(unmatched)}: add one, "
@@ -32,6 +31,15 @@ def assign(names: Iterable[str], table: Mapping[str, T], root: str = "") -> dict
     if unused := [glob for glob in table if glob not in chosen.values()]:
         raise SpecError(f"{_few(unused)} decides no matrix: the names are {_few(names)}, and the first match wins")
     return {name: table[glob] for name, glob in chosen.items() if glob is not None}
+
+
+def matches(name: str, glob: str, root: str = "") -> bool:
+    """Return whether a glob matches a name, whole or without the leading ``root``.
+
+    >>> matches("model.layers.0.o", "layers.*", root="model."), matches("model.layers.0.o", "*.k")
+    (True, False)
+    """
+    return fnmatchcase(name, glob) or fnmatchcase(name.removeprefix(root), glob)
 
 
 def _few(names: list[str]) -> str:

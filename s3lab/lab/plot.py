@@ -128,6 +128,45 @@ def scatter(
     return fig
 
 
+def tradeoff(
+    df: DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    *,
+    panel: str | None = None,
+    frontier: str = "frontier",
+    xlabel: str | None = None,
+    ylabel: str | None = None,
+    width: float = PAGE,
+    columns: int = 3,
+) -> Figure:
+    """Draw column ``y`` against the cost ``x``, logarithmic, a mark per row, those of the ``frontier`` joined.
+
+    ``frontier`` names a column of bools.  ``hue`` tells rows apart, ``panel`` gives each of its values axes of their
+    own.  Raises DataError if the table lacks a column.
+    """
+    _expect(df, x, y, hue, panel, frontier)
+    panels = [(None, df)] if panel is None else list(df.groupby(panel, sort=False))
+    with style({"axes.grid.axis": "both"}):
+        fig, axes = _grid(len(panels), width, columns, tall=0.8, share_y=False)
+        for ax, (title, part) in zip(axes, panels, strict=True):
+            best = part[part[frontier]].sort_values(x)
+            ax.step(best[x], best[y], where="post", color=INK, linewidth=0.8, zorder=1)
+            for i, name in enumerate(df[hue].unique()):
+                rows = part[part[hue] == name]
+                # more methods than colours: the second round is hollow
+                filled = COLOURS[i % 8] if i < 8 else "white"
+                ax.scatter(
+                    rows[x], rows[y], 22, color=filled, edgecolor=COLOURS[i % 8], marker=MARKERS[i % 8], label=name
+                )
+            ax.set(title="" if title is None else str(title), xlabel=xlabel or _words(x), ylabel=ylabel or _words(y))
+            ax.set_xscale("log")
+            ax.grid(True)
+        _legend(fig, axes, hue)
+    return fig
+
+
 def dots(
     df: DataFrame,
     x: str,
@@ -249,12 +288,14 @@ def bars(
     return fig
 
 
-def _grid(count: int, width: float, columns: int, tall: float = 0.68) -> tuple[Figure, list[Axes]]:
+def _grid(
+    count: int, width: float, columns: int, tall: float = 0.68, share_y: bool = True
+) -> tuple[Figure, list[Axes]]:
     """Return a figure with ``count`` axes of one scale, ``columns`` in a row."""
     columns = min(columns, count)
     rows = -(-count // columns)
     fig = Figure(figsize=(width, tall * width / columns * rows + 0.3), layout="constrained")
-    axes = fig.subplots(rows, columns, sharex=count > 1, sharey=count > 1, squeeze=False).ravel()
+    axes = fig.subplots(rows, columns, sharex=count > 1, sharey=share_y and count > 1, squeeze=False).ravel()
     for ax in axes[count:]:
         ax.set_axis_off()
     return fig, list(axes[:count])

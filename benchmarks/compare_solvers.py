@@ -1,0 +1,110 @@
+"""Every solver on every pattern, on the reference model's layers and on generated ones, beside its peers.
+
+    python benchmarks/compare_solvers.py                        # all three suites, on a CPU
+    python benchmarks/compare_solvers.py --suite speed --device cuda
+
+quality   error on calibration and held-out tokens: seven matrices of a decoder layer, and layers of K = 512, 1024 and
+          2048 with two spectra, six patterns
+speed     time and memory with the peers in the same process: K = 1536 with M = 384, K = 3072 with M = 96, on 2:4
+scaling   time over K at M = 256 and over M at K = 512, on 2:4
+
+Prints tables and writes one CSV per run, benchmarks/results/compare_solvers_<suite>.csv unless --out says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+import torch
+from peers import find_peers
+from tqdm import tqdm
+
+import s3lab as s3
+from s3lab.files import write
+from s3lab.lab import bench
+from s3lab.lab.record import device_name
+from s3lab.models import corpus
+from s3lab.models.layers import Layer, generate_layer, layers_of_model
+from s3lab.models.reference import load_reference
+
+RESULTS = Path(__file__).parent / "results"
+PATTERNS = ["2:4", "2:4@1x2", "coupled-2:4", "block16", "8:16", "50%/row"]
+DAMP = 1e-2
+SIZES = [(384, 1536), (96, 3072)]
+SCALING = [(256, K) for K in (256, 512, 1024, 2048)] + [(M, 512) for M in (64, 128, 512, 1024)]
+
+
+def quality_layers(device: str) -> Iterator[Layer]:
+    model, tokenizer = load_reference()
+    calibration = corpus.tokens(tokenizer, "calibration", 256, 200, 0).to(device)
+    test = corpus.tokens(tokenizer, "test", 256, 50, 0).to(device)
+    yield from layers_of_model(model.to(device), calibration, test, "model.layers.3.*")
+    for K in (512, 1024, 2048):
+        for decay in (0.5, 1.0):
+            yield generate_layer(256, K, 8 * K, decay=decay, device=device)
+
+
+def run_quality(device: str, methods: list[str]) -> Iterator[dict]:
+    for layer in quality_layers(device):
+        for pattern in tqdm(PATTERNS, desc=layer.name):
+            for row in bench.measure(bench.make_methods(layer, pattern, methods, DAMP), layer, count=False):
+                yield {"pattern": pattern, **row}
+
+
+def run_speed(device: str, methods: list[str], repeats: int) -> Iterator[dict]:
+    for M, K in tqdm(SIZES, desc="speed"):
+        layer = generate_layer(M, K, 16384, device=device)
+        ready = bench.make_methods(layer, "2:4", methods, DAMP) | find_peers(layer.W, layer.H, "2:4", DAMP)
+        yield from ({"pattern": "2:4", **row} for row in bench.measure(ready, layer, repeats))
+
+
+def run_scaling(device: str, methods: list[str], repeats: int) -> Iterator[dict]:
+    for M, K in tqdm(SCALING, desc="scaling"):
+        layer = generate_layer(M, K, 8 * K, device=device)
+        ready = bench.make_methods(layer, "2:4", methods, DAMP)
+        yield from ({"pattern": "2:4", **row} for row in bench.measure(ready, layer, repeats))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=["quality", "speed", "scaling", "all"], default="all")
+    parser.add_argument("--methods", nargs="+", choices=list(bench.METHODS), default=list(bench.METHODS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    facts = {
+        "damp": DAMP,
+        "seed": 0,
+        "threads": torch.get_num_threads(),
+        "device": device_name(args.device),
+        "peak_gflops": bench.measure_peak(args.device),
+        "torch": torch.__version__,
+        "s3lab": s3.__version__,
+        "sparsekit": version("sparsekit") if find_spec("sparsekit") else "",
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+    }
+    suites = {
+        "quality": lambda: run_quality(args.device, args.methods),
+        "speed": lambda: run_speed(args.device, args.methods, args.repeats),
+        "scaling": lambda: run_scaling(args.device, args.methods, args.repeats),
+    }
+    for name in suites if args.suite == "all" else [args.suite]:
+        table = pd.DataFrame({**row, **facts} for row in suites[name]())
+        write(args.out / f"compare_solvers_{name}.csv", table.to_csv(index=False).encode())
+        index = ["layer", "pattern"] if name == "quality" else ["M", "K"]
+        value = "error" if name == "quality" else "time_s"
+        print(table.pivot_table(value, index, "method", sort=False)[[*table["method"].unique()]].round(4).to_string())
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from torch import Tensor
 from s3lab.algebra import compose
 from s3lab.algebra.couple import Coupled, CoupledPartition
 from s3lab.algebra.spec import Pattern
-from s3lab.algebra.stage import Stage
+from s3lab.algebra.stage import Decide, Stage
 from s3lab.errors import SolveError, SpecError
 from s3lab.shapes import Bool, Float
 from s3lab.tensors.joint import join
@@ -134,6 +134,11 @@ def conclude(
         told = {**stats, "damp": problem.damping} if known else stats
         found[name] = Solution(weight, masks[name], error, error_test, spec, solver, told)
     return found
+
+
+def decide_rounds(problem: Problem, bound: Bound, decide: Decide) -> Tensor:
+    """Return the mask (M, K) of a pattern whose rounds ``decide`` answers, salient blocks picked by their saliency."""
+    return bound.resolve(decide, problem.saliency if isinstance(bound, compose.Salient) else problem.weight)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3lab.algebra.partition import Partition
+from s3lab.algebra.choose import keep_highest
+from s3lab.algebra.stage import Stage
 from s3lab.errors import SolveError
-from s3lab.solvers.base import Solver
-from s3lab.tensors.incidence import arrange, link, offsets, share, tabulate
+from s3lab.solvers.base import Bound, Solver, decide_rounds
+from s3lab.tensors.incidence import arrange, link, share, tabulate
 from s3lab.tensors.problem import Problem
 
 
@@ -39,67 +40,94 @@ class SparseGPT(Solver):
         if not isinstance(self.width, int) or self.width < 1:
             raise SolveError(f"SparseGPT(width={self.width!r}): a number of columns, at least 1, such as 128")
 
-    def solve(self, problem: Problem, part: Partition) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        M, K = part.shape
-        plan = _Plan(part, self.width, problem.W.device)
+    def solve(self, problem: Problem, bound: Bound) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        weight = problem.weight
+
+        def decide(stage: Stage) -> Tensor:
+            nonlocal weight
+            mask, weight = self._sweep(problem, stage)
+            return stage.gather(mask)
+
+        return decide_rounds(problem, bound, decide), weight, {}
+
+    def _sweep(self, problem: Problem, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Return the mask and the weight after one pass over the columns, which decides a stage."""
+        M, K = stage.shape
+        plan = _Plan(stage, self.width)
         U = problem.inverse_factor(plan.order)
         W = problem.weight.T[plan.order].contiguous()  # (K, M): a column is a row, updates are contiguous
         pruned = torch.zeros(K, M, dtype=torch.bool, device=W.device)
+        if stage.pruned is not None:
+            pruned |= stage.pruned.T[plan.order]
         for start, stop in plan.windows:
             lost = torch.empty(stop - start, M, dtype=W.dtype, device=W.device)
             scale = U.diagonal()[start:stop, None]
             for j in range(start, stop):
                 if j in plan.decisions:
-                    blocks, share_pruned = plan.decisions[j]
-                    plan.decide(blocks, share_pruned, W[start:stop] / scale, pruned, start)
+                    plan.decide(j, W[start:stop] / scale, pruned, start)
                 lost[j - start] = W[j] * pruned[j] / U[j, j]
                 W[j:stop].addr_(U[j, j:stop], lost[j - start], alpha=-1)
             W[stop:].addmm_(U[start:stop, stop:].T, lost, alpha=-1)
         back = plan.order.argsort()
-        return ~pruned[back].T.contiguous(), W[back].T.contiguous(), {}
+        return ~pruned[back].T.contiguous(), W[back].T.contiguous()
 
 
 class _Plan:
     """The order of the columns, their windows, and at which column which blocks are decided."""
 
-    def __init__(self, part: Partition, width: int, device: torch.device) -> None:
-        K = part.shape[1]
-        places = offsets(part, device)
-        columns = places % K
-        by_scope = link(columns.view(part.S, -1), K)
-        narrow = int(by_scope.unique(return_counts=True)[1].max()) <= width
-        labels = by_scope if narrow else link(columns.reshape(-1, part.E), K)
+    def __init__(self, stage: Stage, width: int) -> None:
+        K = stage.shape[1]
+        self.stage, self.there = stage, (stage.offsets >= 0).view(-1, stage.E)
+        present = stage.present
+        # what is not there stands with the first column of its block, or of its scope, and so links nothing
+        columns = torch.where(stage.offsets >= 0, stage.offsets % K, K)
+        least = columns.amin(2, keepdim=True)
+        least = torch.where(least < K, least, least.amin(1, keepdim=True).clamp(max=K - 1))
+        columns = torch.where(columns < K, columns, least)
 
+        by_scope = link(columns.view(stage.S, -1), K)
+        self.narrow = int(by_scope.unique(return_counts=True)[1].max()) <= width
+        if not self.narrow and stage.lines is not None:
+            raise SolveError(
+                f"{stage.text} has scopes of more than {width} columns, which SparseGPT decides in parts, and what is "
+                "kept each way has none: give a larger width"
+            )
+        labels = by_scope if self.narrow else link(columns.reshape(-1, stage.E), K)
         self.order, self.windows = arrange(labels, width)
         position = self.order.argsort()
         first = position[labels[columns[..., 0]]]  # (S, B): where the group of a block's columns begins
-        starts = torch.tensor([start for start, _ in self.windows], device=device)
-        window = torch.searchsorted(starts, first, right=True) - 1
-        budget = _budgets(part, window, len(self.windows))
-        when = first if narrow else starts[window]
+        starts = torch.tensor([start for start, _ in self.windows], device=columns.device)
+        self.window = torch.searchsorted(starts, first, right=True) - 1
+        self.budget = _share_budget(stage, self.window, len(self.windows))
 
-        self.rows, self.positions = (places // K).view(-1, part.E), position[columns].view(-1, part.E)
-        numbers = torch.arange(part.S * part.B, device=device)
-        scope = numbers // part.B
-        moments = tabulate(numbers, when.reshape(-1))
-        self.decisions = {}
-        for at, blocks in zip(moments.keys.tolist(), moments.items, strict=True):
-            blocks = blocks[blocks >= 0]
-            table = tabulate(blocks, scope[blocks])
-            self.decisions[at] = table.items, budget[table.keys, window.view(-1)[table.items[:, 0]]]
+        self.rows = stage.offsets.clamp(min=0).div(K, rounding_mode="floor").view(-1, stage.E)
+        self.positions = position[columns].view(-1, stage.E)
+        numbers = torch.arange(stage.S * stage.B, device=columns.device).view(stage.S, stage.B)
+        when = first if self.narrow else starts[self.window]
+        moments = tabulate(numbers[present], when[present])
+        self.decisions = dict(zip(moments.keys.tolist(), moments.items, strict=True))
 
-    def decide(self, blocks: Tensor, budget: Tensor, scaled: Tensor, pruned: Tensor, start: int) -> None:
-        """Mark as pruned the ``budget`` blocks of each row of the table that cost least, of equals the last ones."""
-        rows, positions = self.rows[blocks], self.positions[blocks]
-        cost = scaled[positions - start, rows].square().sum(-1).masked_fill(blocks < 0, -torch.inf)
-        rank = cost.sort(dim=1, descending=True, stable=True).indices.argsort(1)
-        kept = (blocks >= 0).sum(1) - budget
-        goes = (rank >= kept[:, None]) & (blocks >= 0)
-        pruned[positions[goes], rows[goes]] = True
+    def decide(self, column: int, scaled: Tensor, pruned: Tensor, start: int) -> None:
+        """Mark as pruned, of the blocks that are due at a column, those that cost least, of equals the last ones."""
+        blocks = self.decisions[column]
+        blocks = blocks[blocks >= 0]
+        terms = scaled[self.positions[blocks] - start, self.rows[blocks]].square()
+        scopes, row = (blocks // self.stage.B).unique(return_inverse=True)
+        cost = terms.new_full((len(scopes), self.stage.B), -torch.inf)
+        cost[row, blocks % self.stage.B] = (terms * self.there[blocks]).sum(-1)
+        if self.narrow:
+            kept = self.stage.choose(cost, scopes)
+        else:
+            window = self.window.view(-1)[blocks[0]]
+            goes = self.budget[scopes, window]
+            kept = keep_highest(cost, (cost > -torch.inf).sum(1) - goes)
+        goes = blocks[~kept[row, blocks % self.stage.B]]
+        there = self.there[goes]
+        pruned[self.positions[goes][there], self.rows[goes][there]] = True
 
 
-def _budgets(part: Partition, window: Tensor, windows: int) -> Tensor:
+def _share_budget(stage: Stage, window: Tensor, windows: int) -> Tensor:
     """How many blocks each scope gives up in each window, (S, windows)."""
-    counts = torch.zeros(part.S, windows, dtype=torch.long, device=window.device)
-    counts.scatter_add_(1, window, torch.ones_like(window))
-    return share(part.B - part.keep, counts)
+    counts = torch.zeros(stage.S, windows, dtype=torch.long, device=window.device)
+    counts.scatter_add_(1, window, stage.present.long())
+    return share(stage.goes, counts)

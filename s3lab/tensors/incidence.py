@@ -85,14 +85,14 @@ def tabulate(items: Integer[Tensor, " n"], keys: Integer[Tensor, " n"]) -> Table
     return Table(table, rows)
 
 
-def share(total: int, counts: Integer[Tensor, "N n"]) -> Integer[Tensor, "N n"]:
-    """Split ``total`` over the parts of each row in proportion to their counts, exactly and never above a part's count.
+def share(totals: Integer[Tensor, " N"], counts: Integer[Tensor, "N n"]) -> Integer[Tensor, "N n"]:
+    """Split each row's total over its parts in proportion to their counts, exactly and never above a part's count.
 
-    >>> share(3, torch.tensor([[2, 2, 2]])).tolist()
+    >>> share(torch.tensor([3]), torch.tensor([[2, 2, 2]])).tolist()
     [[1, 1, 1]]
     """
-    whole = counts.sum(1, keepdim=True)
-    reached = counts.cumsum(1) * total // whole
+    whole = counts.sum(1, keepdim=True).clamp(min=1)
+    reached = counts.cumsum(1) * totals[:, None] // whole
     return reached.diff(dim=1, prepend=torch.zeros_like(whole))
 
 

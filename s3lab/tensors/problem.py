@@ -89,6 +89,11 @@ class Problem:
         """The inverse of the damped H in the working dtype."""
         return torch.cholesky_inverse(self._factored[1]).to(self.dtype)
 
+    @cached_property
+    def saliency(self) -> Float[Tensor, "M K"]:
+        """What the removal of each weight alone costs, made good by all others: w² / [H⁻¹]_jj."""
+        return self.weight**2 / self.inverse.diagonal()
+
     def inverse_factor(self, order: Tensor) -> Float[Tensor, "K K"]:
         """Return the upper U with H⁻¹ = UᵀU, its inputs in the given order, in the working dtype.
 

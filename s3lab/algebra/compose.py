@@ -86,7 +86,13 @@ class Composed:
 
     text: str
     shape: tuple[int, int]
+    first_part: Partition
     resolve: Callable[[Decide, Tensor], Tensor]
+
+    @property
+    def width(self) -> int:
+        """Number of columns that a block of the first part reaches over."""
+        return self.first_part.width
 
     def project(self, scores: Tensor) -> Tensor:
         """Return the mask (M, K), True = kept, that keeps the blocks of the highest sums of scores, round by round."""

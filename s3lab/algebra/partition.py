@@ -6,6 +6,7 @@ Everything here is said in the methods of the tensors that come in, so that the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import comb, isqrt, prod
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,11 @@ class Partition:
     def E(self) -> int:
         """Number of elements in a block."""
         return self.layout[2].size
+
+    @cached_property
+    def width(self) -> int:
+        """Number of columns that a block reaches over."""
+        return len({offset % self.shape[1] for offset in self.layout[2].offsets()})
 
     @property
     def density(self) -> float:

@@ -65,6 +65,12 @@ class Stage:
         """Which blocks there are, bool (S, B)."""
         return (self.offsets >= 0).any(-1)
 
+    @property
+    def width(self) -> int:
+        """Number of columns that the first block reaches over."""
+        first = self.offsets[0, 0]
+        return len((first[first >= 0] % self.shape[1]).unique())
+
     def blocks(self, W: Tensor) -> Tensor:
         """Return the weights (M, K) of each block, (S, B, E), zero where there are none."""
         return W.reshape(-1)[self.offsets.clamp(min=0)] * (self.offsets >= 0)

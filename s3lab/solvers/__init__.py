@@ -14,6 +14,7 @@ from s3lab.algebra.patterns import parse
 from s3lab.algebra.spec import Pattern
 from s3lab.errors import SolveError
 from s3lab.shapes import Float
+from s3lab.solvers.admm import ADMM
 from s3lab.solvers.base import ALONE, Problems, Solution, Solver, conclude
 from s3lab.solvers.magnitude import Magnitude
 from s3lab.solvers.obd import OBD
@@ -30,6 +31,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "obd": OBD,
     "sparsegpt": SparseGPT,
     "sobs": SOBS,
+    "admm": ADMM,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from s3lab.errors import SolveError
 from s3lab.shapes import Float
 from s3lab.solvers.admm import ADMM
 from s3lab.solvers.base import ALONE, Problems, Solution, Solver, conclude
+from s3lab.solvers.damping import climb, measure_held_out
 from s3lab.solvers.magnitude import Magnitude
 from s3lab.solvers.obd import OBD
 from s3lab.solvers.refit import Refit
@@ -51,10 +52,10 @@ def prune(
     W: Float[Tensor, "M K"],
     spec: Pattern | str,
     H: Float[Tensor, "K K"] | None = None,
-    solver: str | Solver = "sobs",
+    solver: str | Solver = "admm",
     *,
     H_test: Float[Tensor, "K K"] | None = None,
-    damp: float = 1e-2,
+    damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
 ) -> Solution: ...
 @overload
@@ -62,27 +63,28 @@ def prune(
     W: Mapping[str, Tensor],
     spec: Pattern | str,
     H: Mapping[str, Tensor] | None = None,
-    solver: str | Solver = "sobs",
+    solver: str | Solver = "admm",
     *,
     H_test: Mapping[str, Tensor] | None = None,
-    damp: float = 1e-2,
+    damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
 ) -> dict[str, Solution]: ...
 def prune(
     W: Tensor | Mapping[str, Tensor],
     spec: Pattern | str,
     H: Tensor | Mapping[str, Tensor] | None = None,
-    solver: str | Solver = "sobs",
+    solver: str | Solver = "admm",
     *,
     H_test: Tensor | Mapping[str, Tensor] | None = None,
-    damp: float = 1e-2,
+    damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
 ) -> Solution | dict[str, Solution]:
     """Return the Solution of min tr (Ŵ−W)H(Ŵ−W)ᵀ over the Ŵ whose mask satisfies a spec, as a solver finds it.
 
     W (M, K) in any real dtype, on any device, is not touched; H (K, K) is the second moment of its inputs, of
     `hessian`, which only ``"magnitude"`` can do without; H_test, of other tokens, adds the held-out error.  ``damp``
-    is added to the diagonal, as a fraction of its mean.  ``refit`` fits the kept weights exactly afterwards.
+    is added to the diagonal, as a fraction of its mean; "auto" is the rung of `damping.LADDER` with the least held-out
+    error.  ``refit`` fits the kept weights exactly afterwards.
 
     Under a coupling, W, H and H_test are such tensors by name, the sum over the leaders is what is least, and the
     result is a Solution by name; tensors that share their inputs are quickest with the same H.  Followers need no H.
@@ -99,10 +101,22 @@ def prune(
     weights, moments, tests = ({ALONE: x} if isinstance(x, Tensor) else dict(x or {}) for x in (W, H, H_test))
     if unknown := (moments.keys() | tests.keys()) - weights.keys():
         raise SolveError(f"second moments of {', '.join(sorted(unknown))}, of which there is no weight: give both")
-    problems = {name: Problem(w, moments.get(name), tests.get(name), damp) for name, w in weights.items()}
-    found = make_solver(solver).prune(problems, spec)
-    if refit:
-        found = _refit(problems, spec, found)
+    method = make_solver(solver)
+
+    def solve(damp: float) -> dict[str, Solution]:
+        problems = {name: Problem(w, moments.get(name), tests.get(name), damp) for name, w in weights.items()}
+        found = method.prune(problems, spec)
+        return _refit(problems, spec, found) if refit else found
+
+    if damp != "auto":
+        found = solve(damp)
+    else:
+        solved: dict[float, dict[str, Solution]] = {}
+        with Meter(next(iter(weights.values())).device) as meter:
+            tried = climb(lambda rung: measure_held_out(solved.setdefault(rung, solve(rung)).values()))
+        told = {"time_s": meter.time_s, "damps": tried}
+        best = solved[min(tried, key=lambda rung: tried[rung])]
+        found = {name: replace(solution, stats={**solution.stats, **told}) for name, solution in best.items()}
     return found[ALONE] if isinstance(W, Tensor) else found
 
 

@@ -19,6 +19,7 @@ from s3lab.solvers.base import ALONE, Problems, Solution, Solver, conclude
 from s3lab.solvers.damping import climb, measure_held_out
 from s3lab.solvers.magnitude import Magnitude
 from s3lab.solvers.obd import OBD
+from s3lab.solvers.refine import Refine
 from s3lab.solvers.refit import Refit
 from s3lab.solvers.sobs import SOBS
 from s3lab.solvers.sparsegpt import SparseGPT
@@ -57,6 +58,7 @@ def prune(
     H_test: Float[Tensor, "K K"] | None = None,
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
+    refine: bool | Refine = False,
 ) -> Solution: ...
 @overload
 def prune(
@@ -68,6 +70,7 @@ def prune(
     H_test: Mapping[str, Tensor] | None = None,
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
+    refine: bool | Refine = False,
 ) -> dict[str, Solution]: ...
 def prune(
     W: Tensor | Mapping[str, Tensor],
@@ -78,13 +81,15 @@ def prune(
     H_test: Tensor | Mapping[str, Tensor] | None = None,
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
+    refine: bool | Refine = False,
 ) -> Solution | dict[str, Solution]:
     """Return the Solution of min tr (Ŵ−W)H(Ŵ−W)ᵀ over the Ŵ whose mask satisfies a spec, as a solver finds it.
 
     W (M, K) in any real dtype, on any device, is not touched; H (K, K) is the second moment of its inputs, of
     `hessian`, which only ``"magnitude"`` can do without; H_test, of other tokens, adds the held-out error.  ``damp``
     is added to the diagonal, as a fraction of its mean; "auto" is the rung of `damping.LADDER` with the least held-out
-    error.  ``refit`` fits the kept weights exactly afterwards.
+    error.  ``refit`` fits the kept weights exactly afterwards; ``refine`` exchanges blocks as well, where that lowers
+    the loss, with the options of a `Refine`.
 
     Under a coupling, W, H and H_test are such tensors by name, the sum over the leaders is what is least, and the
     result is a Solution by name; tensors that share their inputs are quickest with the same H.  Followers need no H.
@@ -106,6 +111,8 @@ def prune(
     def solve(damp: float) -> dict[str, Solution]:
         problems = {name: Problem(w, moments.get(name), tests.get(name), damp) for name, w in weights.items()}
         found = method.prune(problems, spec)
+        if refine:
+            return _refine(problems, spec, found, Refine() if refine is True else refine)
         return _refit(problems, spec, found) if refit else found
 
     if damp != "auto":
@@ -118,6 +125,18 @@ def prune(
         best = solved[min(tried, key=lambda rung: tried[rung])]
         found = {name: replace(solution, stats={**solution.stats, **told}) for name, solution in best.items()}
     return found[ALONE] if isinstance(W, Tensor) else found
+
+
+def _refine(problems: Problems, spec: Pattern, found: dict[str, Solution], refine: Refine) -> dict[str, Solution]:
+    """Improve the support of a tensor's solution by local search, at the damping that was used."""
+    if ALONE not in found:
+        raise SolveError(f"{spec} couples tensors: local search takes one tensor at a time; leave refine off")
+    first = found[ALONE]
+    problem = replace(problems[ALONE], damp=first.stats["damp"])
+    with torch.no_grad(), Meter(first.weight.device) as meter:
+        mask, weight, told = refine(problem, spec.bind(problem.shape), first.mask)
+    stats = {**first.stats, **told, "time_s": first.stats["time_s"] + meter.time_s}
+    return conclude({ALONE: problem}, spec, {ALONE: mask}, {ALONE: weight}, f"{first.solver} + {refine}", stats)
 
 
 def _refit(problems: Problems, spec: Pattern, found: dict[str, Solution]) -> dict[str, Solution]:

@@ -31,8 +31,8 @@ class ADMM(Solver):
         Ŵ ← (W H + ρD − V)(H + ρI)⁻¹,   D ← projection of Ŵ + V/ρ on the pattern,   V ← V + ρ(Ŵ − D),
 
     where the projection keeps the blocks of the largest norms.  ρ is held for some iterations, which share one
-    inverse, and then raised; the loop ends when less than 1 of 10,000 weights changes sides three times in a row.  Of the pattern
-    it uses the projection alone, and so takes any.
+    inverse, and then raised; the loop ends when less than 1 of 10,000 weights changes sides three times in a row.  Of
+    the pattern it uses the projection alone, and so takes any.
 
     effort
         "quick", "balanced" or "thorough": how slowly ρ grows.  Slower growth finds a better support.

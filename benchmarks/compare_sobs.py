@@ -1,9 +1,9 @@
-"""S-OBS against SparseKit's, on one seeded layer in one process: error, time and memory, as ratios.
+"""S-OBS against SparseKit's, on seeded layers in one process: error, time and memory, as ratios.
 
     pip install --no-deps sparsekit==0.1.5
-    python benchmarks/compare_sobs.py [--K 1536] [--M 384] [--repeats 3]
+    python benchmarks/compare_sobs.py [--size 384 1536] [--size 96 3072] [--repeats 3]
 
-Prints a table and appends to benchmarks/results/compare_sobs.csv.  SparseKit is under a non-commercial licence and is
+Prints a table for each size, M and K, and appends to benchmarks/results/compare_sobs.csv.  SparseKit is under a non-commercial licence and is
 no dependency of s3lab.
 """
 
@@ -15,6 +15,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -37,16 +38,9 @@ def run_sparsekit(W: torch.Tensor, H: torch.Tensor, damp: float) -> torch.Tensor
     return parameter.detach()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--K", type=int, default=1536)
-    parser.add_argument("--M", type=int, default=384)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--damp", type=float, default=1e-2)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-
-    layer = generate_layer(args.M, args.K, args.tokens)
+def compare(M: int, K: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each method on one layer, SparseKit's first."""
+    layer = generate_layer(M, K, args.tokens)
     ours = {"s3lab S-OBS, rows=16": s3.SOBS(rows=16), "s3lab S-OBS": s3.SOBS()}
     methods = {"sparsekit S-OBS, rows=16": lambda: run_sparsekit(layer.W, layer.H, args.damp)} | {
         name: lambda solver=solver: s3.prune(layer.W, "2:4", layer.H, solver, damp=args.damp).weight
@@ -63,44 +57,50 @@ def main() -> None:
             times[name].append(meter.time_s)
             memory[name].append(meter.mem_mib or float("nan"))
             errors[name] = s3.output_error(W_hat, layer.W, layer.H)
+    return [
+        {"method": name, "error": errors[name], "time_s": median(times[name]), "mem_mib": median(memory[name])}
+        | {"M": M, "K": K}
+        for name in methods
+    ]
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, nargs=2, action="append", metavar=("M", "K"))
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--damp", type=float, default=1e-2)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+
     facts = {
-        "M": args.M,
-        "K": args.K,
         "damp": args.damp,
         "repeats": args.repeats,
         "threads": torch.get_num_threads(),
         "device": device_name("cpu"),
         "torch": torch.__version__,
         "sparsekit": version("sparsekit"),
-        "commit": commit,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
     }
-    rows = [
-        {
-            "method": name,
-            "error": errors[name],
-            "time_s": median(times[name]),
-            "mem_mib": median(memory[name]),
-            **facts,
-        }
-        for name in methods
-    ]
     RESULTS.parent.mkdir(exist_ok=True)
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
-    theirs = rows[0]
-    for row in rows:
-        ratios = (
-            f"error × {row['error'] / theirs['error']:.4f}, {theirs['time_s'] / row['time_s']:.2f} times as fast, "
-            f"memory × {row['mem_mib'] / theirs['mem_mib']:.3f}"
-        )
-        figures = f"error {row['error']:.5f}, {row['time_s']:6.2f} s, {row['mem_mib']:5.0f} MiB"
-        print(f"{row['method']:>24}: {figures} | {ratios}")
+    for M, K in args.size or [(384, 1536), (96, 3072)]:
+        rows = compare(M, K, args)
+        fresh = not RESULTS.exists()
+        with RESULTS.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *facts])
+            if fresh:
+                writer.writeheader()
+            writer.writerows([row | facts for row in rows])
+        print(f"M = {M}, K = {K}")
+        theirs = rows[0]
+        for row in rows:
+            ratios = (
+                f"error × {row['error'] / theirs['error']:.4f}, {theirs['time_s'] / row['time_s']:.2f} times as fast, "
+                f"memory × {row['mem_mib'] / theirs['mem_mib']:.3f}"
+            )
+            figures = f"error {row['error']:.5f}, {row['time_s']:6.2f} s, {row['mem_mib']:5.0f} MiB"
+            print(f"{row['method']:>24}: {figures} | {ratios}", flush=True)
 
 
 if __name__ == "__main__":

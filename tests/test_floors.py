@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "s3lab"
 GROUND = {"errors", "files", "shapes"}
 FLOORS = ("algebra", "tensors", "solvers", "models", "lab")
 FILES = sorted(PACKAGE.rglob("*.py"))
-SHARED_BY_SOLVERS = {"base", "refit"}
+SHARED_BY_SOLVERS = {"base", "refit", "elimination", "fields"}
 LIGHT = {"torch", "numpy", "s3lab"}
 
 

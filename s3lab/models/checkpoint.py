@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3lab.files import write
 from s3lab.models.sequential import Run
+from s3lab.models.shrink import Shrunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,11 +17,18 @@ if TYPE_CHECKING:
 RECORD = "s3lab.json"
 
 
-def save_pruned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: str | Path, run: Run) -> Path:
+def save_pruned(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: str | Path,
+    run: Run,
+    shrunk: Shrunk | None = None,
+) -> Path:
     """Save a pruned model so that transformers loads it as any other, and return the folder ``out``.
 
     Beside weights, configuration and tokenizer stand ``s3lab.json``, the settings of the run and all its rows, and
-    ``README.md``, the model card.  Every file appears whole, the configuration last.
+    ``README.md``, the model card, both with what `shrink` did, if that is given.  Every file appears whole, the
+    configuration last.
     """
     out = Path(out)
     part = out / ".part"
@@ -29,15 +38,17 @@ def save_pruned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(out / path.name)
     part.rmdir()
-    record = {**run.manifest, "density": run.density, "layers": run.layers, "matrices": run.matrices}
+    rows = {"layers": run.layers, "matrices": run.matrices}
+    record = {**run.manifest, "density": run.density, "shrunk": shrunk and asdict(shrunk), **rows}
     write(out / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-    write(out / "README.md", write_card(run).encode())
+    write(out / "README.md", write_card(run, shrunk).encode())
     return out
 
 
-def write_card(run: Run) -> str:
+def write_card(run: Run, shrunk: Shrunk | None = None) -> str:
     """Return the model card of a run, in Markdown."""
     settings, facts = run.manifest["settings"], run.manifest["facts"]
+    stored = "Whole parts that were zero are taken out" if shrunk else "Zeros are stored"
     left = sum(row["density"] == 1 for row in run.matrices)
     about = {
         "Pattern": _told(settings["spec"]),
@@ -47,6 +58,7 @@ def write_card(run: Run) -> str:
         "Damping": settings["damp"],
         "Second moments": f"of the {settings['hessians']} model",
         **{key.capitalize(): value for key, value in facts["provenance"].items()},
+        **({"Shrunk": shrunk} if shrunk else {}),
     }
     columns = [key for key in run.layers[0] if key not in ("layer", "time_s")]
     kinds: dict[str, list[dict[str, Any]]] = {}
@@ -57,8 +69,8 @@ def write_card(run: Run) -> str:
     parts = (
         "---\nlibrary_name: transformers\ntags:\n- s3lab\n- pruning\n- sparsity\n---",
         f"# {settings['model']}, pruned",
-        "Pruned decoder layer by decoder layer with s3lab.  Zeros are stored, so that transformers loads it as any "
-        f"other model; all figures are in `{RECORD}`.",
+        f"Pruned decoder layer by decoder layer with s3lab.  {stored}, so that transformers loads it "
+        f"as any other model; all figures are in `{RECORD}`.",
         _table(["", ""], [[key, value] for key, value in about.items()]),
         "Relative output error by kind of matrix, mean over the layers, on calibration and on held-out tokens:",
         _table(["matrix", "error", "held out", "weight error", "density"], errors),

@@ -15,6 +15,7 @@ from s3lab.errors import DataError, ShapeError
 from s3lab.models.decoder import Decoder, Matrix, Watch
 from s3lab.models.rundir import RunDir, state_folder
 from s3lab.shapes import Integer
+from s3lab.tensors.team import SOLO, Team
 
 STREAMS = ("dense", "pruned")
 
@@ -67,7 +68,8 @@ def cut_chunks(ids: Integer[Tensor, "N L"], held_out: float, batch: int, seed: i
 class Flow:
     """Hidden states between decoder layers in two streams: of the dense model, and of the model as pruned so far.
 
-    They rest on the CPU, or in the files of ``rundir``; one chunk at a time is on ``device``.
+    They rest on the CPU, or in the files of ``rundir``; one chunk at a time is on ``device``.  Of the ``chunks`` each
+    process of a team sends its ``own`` on their way.  Raises DataError where there are fewer chunks than processes.
     """
 
     model: nn.Module
@@ -75,13 +77,24 @@ class Flow:
     chunks: list[Chunk]
     device: torch.device
     rundir: RunDir | None = None
+    team: Team = SOLO
     _calls: dict[int, list[Call]] = field(default_factory=dict)
     _resting: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(self.chunks) < self.team.size:
+            raise DataError(
+                f"{len(self.chunks)} chunks of sequences for {self.team.size} processes: lower batch, or give more "
+                "sequences"
+            )
         for chunk in self.chunks:
             if len(chunk.ids) not in self._calls:
                 self._calls[len(chunk.ids)] = trace_calls(self.model, self.decoder, chunk.ids)
+
+    @property
+    def own(self) -> list[Chunk]:
+        """The chunks of this process: each in turn takes one."""
+        return self.chunks[self.team.rank :: self.team.size]
 
     @property
     def tokens(self) -> int:
@@ -93,7 +106,7 @@ class Flow:
 
         Raises DataError if what a layer is given beside its hidden states is not the same for all of one size.
         """
-        for chunk in self.chunks:
+        for chunk in self.own:
             hidden, call = _enter(self.model, self.decoder.layers[0], chunk.ids)
             known = self._calls[len(chunk.ids)][0]
             if not (_same(call.args, known.args) and _same(call.kwargs, known.kwargs)):
@@ -117,6 +130,12 @@ class Flow:
             return self._resting[stream, chunk.number].to(self.device, copy=True)
         return self.rundir.load(_place(index, stream, chunk))["hidden"].to(self.device)
 
+    def sample(self, index: int) -> tuple[Chunk, Tensor]:
+        """Return the first chunk of all, and what layer ``index`` begins with of it: the same on every process."""
+        chunk, hidden = self.chunks[0], self.get(index, "pruned", self.own[0])
+        blank = hidden.new_empty(chunk.ids.shape[0], *hidden.shape[1:])
+        return chunk, self.team.first(hidden if self.team.rank == 0 else blank)
+
     def run(self, index: int, chunk: Chunk, hidden: Tensor) -> Tensor:
         """Return what layer ``index``, which is on the device, makes of a chunk's hidden states."""
         call = self._calls[len(chunk.ids)][index]
@@ -135,13 +154,13 @@ class Flow:
 
         A forward pass ends after ``calls`` such products, where that is given.
         """
-        for chunk in self.chunks:
+        for chunk in self.own:
             with Watch(matrices, _count(see, chunk.held_out, calls)), suppress(_Reached):
                 self.run(index, chunk, self.get(index, stream, chunk))
 
     def advance_dense(self, index: int) -> None:
         """Send the dense stream through layer ``index``, which must still be dense."""
-        for chunk in self.chunks:
+        for chunk in self.own:
             self.put(index + 1, "dense", chunk, self.run(index, chunk, self.get(index, "dense", chunk)))
 
     def drop(self, index: int) -> None:
@@ -154,14 +173,15 @@ class Flow:
 
         ‖pruned − dense‖_F / ‖dense‖_F of the layer's output, over the calibration and the held-out chunks.
         """
-        apart, size = {False: 0.0, True: 0.0}, {False: 0.0, True: 0.0}
-        for chunk in self.chunks:
+        squares = torch.zeros(2, 2, dtype=torch.float64)  # apart and in all, of either kind of chunk
+        for chunk in self.own:
             hidden = self.run(index, chunk, self.get(index, "pruned", chunk))
             dense = self.get(index + 1, "dense", chunk).double()
-            apart[chunk.held_out] += float((hidden.double() - dense).square().sum())
-            size[chunk.held_out] += float(dense.square().sum())
+            sums = [(hidden.double() - dense).square().sum(), dense.square().sum()]
+            squares[int(chunk.held_out)] += torch.stack(sums).cpu()
             self.put(index + 1, "pruned", chunk, hidden)
-        train, test = (sqrt(apart[held] / size[held]) if size[held] else None for held in (False, True))
+        found = self.team.sum(squares).tolist()
+        train, test = (sqrt(apart / size) if size else None for apart, size in found)
         return {"output_error": train, "output_error_test": test}
 
 

@@ -43,4 +43,5 @@ def matches(name: str, glob: str, root: str = "") -> bool:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    told = ", ".join(repr(name) for name in names[:4]) or "none"
+    return told + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 from torch import Tensor
 
-from s3lab.algebra.patterns import parse
-from s3lab.algebra.spec import Spec
-from s3lab.errors import S3Error, SolveError, SpecError
-from s3lab.models.decoder import Decoder, Matrix, Stage, find_stages
+from s3lab.errors import S3Error, SolveError
+from s3lab.models.decoder import Matrix, Stage, find_stages
 from s3lab.models.flow import Flow
-from s3lab.models.globs import assign
+from s3lab.models.jobs import Job
 from s3lab.solvers import prune
-from s3lab.solvers.base import Solver
+from s3lab.solvers.base import Solution, Solver
 from s3lab.tensors.hessian import Moment
+from s3lab.tensors.team import Team
 
-DENSE = "dense"
+_UNTOUCHED = {"error": None, "error_test": None, "weight_error": 0.0, "density": 1.0, "time_s": 0.0, "mem_mib": None}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to which matrix: a spec and a solver by full name, those left dense not among them, and options."""
+    """What is done to which matrices: the jobs of each layer, the solver of each matrix by full name, and options.
 
-    specs: Mapping[str, Spec]
+    Of matrices that are pruned together, the solver of the first leader counts.
+    """
+
+    jobs: Sequence[Sequence[Job]]
     solvers: Mapping[str, Solver]
-    damp: float = 1e-2
+    damp: float | Literal["auto"] = 1e-2
     refit: bool = False
+    refine: bool = False
     hessians: str = "pruned"
     scarce: float | None = None
     min_tokens: int | None = None
@@ -38,28 +42,10 @@ class Recipe:
         if self.hessians not in ("pruned", "dense"):
             raise SolveError(f"hessians = {self.hessians!r}: take those of the 'pruned' or of the 'dense' model")
 
-
-def choose(decoder: Decoder, table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the value of each matrix by a table of globs, over names with or without what precedes the layers."""
-    head, dot, _ = decoder.name.rpartition(".")
-    return assign([name for matrices in decoder.matrices for name in matrices], table, root=head + dot)
-
-
-def choose_specs(decoder: Decoder, table: Mapping[str, str | Spec]) -> dict[str, Spec]:
-    """Return the spec of each matrix by a table of globs, those that stay "dense" left out.
-
-    Raises SpecError for a spec that does not fit its matrix, or where nothing is left to prune.
-    """
-    texts = {name: spec for name, spec in choose(decoder, table).items() if spec != DENSE}
-    if not texts:
-        raise SpecError("all matrices are to stay dense: give a spec for some of them")
-    specs = {name: parse(spec) if isinstance(spec, str) else spec for name, spec in texts.items()}
-    for matrices in decoder.matrices:
-        for name, matrix in matrices.items():
-            if name in specs:
-                with _naming(name):
-                    specs[name].bind((matrix.weight.shape[0], matrix.weight.shape[1]))
-    return specs
+    @property
+    def total(self) -> int:
+        """How many matrices there are to prune."""
+        return sum(len(job.matrices) for jobs in self.jobs for job in jobs)
 
 
 def prune_layer(
@@ -70,7 +56,9 @@ def prune_layer(
     The layer is dense and on the device of the flow, whose dense stream goes through it first.  ``tell`` hears the
     name and error of each matrix.
     """
-    rows, prefix = [], f"{flow.decoder.name}.{index}."
+    rows: list[dict[str, Any]] = []
+    jobs = {matrix.name: job for job in recipe.jobs[index] for matrix in job.leaders.values()}
+    given: dict[str, _Shared] = {}
     stages = _find_stages(flow, index, recipe)
     early = [_collect(flow, index, "dense", stage) for stage in stages] if recipe.hessians == "dense" else []
     flow.advance_dense(index)
@@ -78,13 +66,18 @@ def prune_layer(
         moments = early[number] if early else _collect(flow, index, "pruned", stage)
         for group, (train, test) in zip(stage.groups, moments, strict=True):
             H, H_test = (moment.value() if moment.tokens else None for moment in (train, test))
+            shared = _Shared(H, H_test, train.tokens, train.tokens >= flow.tokens)
             for matrix in group:
-                problem = _Shared(H, H_test, train.tokens, train.tokens >= flow.tokens)
-                with _naming(matrix.name):
-                    figures = _prune_matrix(matrix, problem, recipe)
-                name = matrix.name.removeprefix(prefix)
-                rows.append({"layer": index, "name": name, **figures})
-                tell(name, figures["error"])
+                given[matrix.name], job = shared, jobs[matrix.name]
+                names = [leader.name for leader in job.leaders.values()]
+                if not given.keys() >= set(names):
+                    continue
+                with _naming(" & ".join(names)):
+                    figures = _prune_together(job, [given.pop(name) for name in names], recipe, flow.team)
+                for found, row in zip(job.matrices.values(), figures, strict=True):
+                    name = found.name.removeprefix(f"{flow.decoder.name}.{index}.")
+                    rows.append({"layer": index, "name": name, **row})
+                    tell(name, row["error"])
     return rows
 
 
@@ -99,18 +92,30 @@ class _Shared:
 
 
 def _find_stages(flow: Flow, index: int, recipe: Recipe) -> list[Stage]:
-    """The stages of a layer with only the matrices to prune in them, a single one where no input will change."""
-    matrices, chunk = flow.decoder.matrices[index], flow.chunks[0]
-    hidden = flow.get(index, "pruned", chunk).requires_grad_()
+    """The stages of a layer with only the matrices to measure in them, those of a job in the last stage of any.
+
+    A single one where no input will change.
+    """
+    matrices, (chunk, hidden) = flow.decoder.matrices[index], flow.sample(index)
+    hidden = hidden.requires_grad_()
     # a layer may write into what it is given, which a leaf forbids
     stages = find_stages(matrices, lambda: flow.run(index, chunk, hidden.clone()), chunk.ids.numel())
+    at = {matrix.name: number for number, stage in enumerate(stages) for group in stage.groups for matrix in group}
+    due: dict[str, int] = {}
+    for job in recipe.jobs[index]:
+        names = [matrix.name for matrix in job.leaders.values()]
+        due |= dict.fromkeys(names, max(at[name] for name in names) if recipe.hessians == "pruned" else 0)
     kept = []
-    for stage in stages:
-        groups = [tuple(matrix for matrix in group if matrix.name in recipe.specs) for group in stage.groups]
-        kept.append(Stage(tuple(group for group in groups if group), stage.once))
-    if recipe.hessians == "dense":
-        kept = [Stage(tuple(group for stage in kept for group in stage.groups), once=False)]
-    return [stage for stage in kept if stage.groups]
+    for number in range(len(stages)):
+        parts = [
+            (stage.once, found)
+            for stage in stages
+            for group in stage.groups
+            if (found := tuple(matrix for matrix in group if due.get(matrix.name) == number))
+        ]
+        if parts:
+            kept.append(Stage(tuple(group for _, group in parts), all(once for once, _ in parts)))
+    return kept
 
 
 def _collect(flow: Flow, index: int, stream: str, stage: Stage) -> list[tuple[Moment, Moment]]:
@@ -123,35 +128,64 @@ def _collect(flow: Flow, index: int, stream: str, stage: Stage) -> list[tuple[Mo
             moments[matrix.name][held_out].add(x)
 
     flow.watch(index, stream, watched, see, calls=len(watched) if stage.once else None)
+    for moment in chain.from_iterable(moments.values()):
+        moment.pool(flow.team, flow.device)
     return list(moments.values())
 
 
-def _prune_matrix(matrix: Matrix, given: _Shared, recipe: Recipe) -> dict[str, Any]:
-    """Prune one matrix in place, or leave it dense if it saw too few tokens, and return its figures."""
-    W, spec, solver = matrix.weight, recipe.specs[matrix.name], recipe.solvers[matrix.name]
-    row = {"shape": list(W.shape), "spec": str(spec), "solver": repr(solver), "damp": recipe.damp}
-    need = W.shape[1] if recipe.min_tokens is None else recipe.min_tokens
-    few = not given.all_tokens and given.tokens < need
-    if few and (recipe.scarce is None or not given.tokens):
-        note = f"{given.tokens} tokens, fewer than {need}: left dense"
-        same = {"error": None, "error_test": None, "weight_error": 0.0, "density": 1.0}
-        return {**row, **same, "time_s": 0.0, "mem_mib": None, "tokens": given.tokens, "note": note}
-    damp, note = recipe.damp, ""
-    if few and recipe.scarce is not None:
-        damp, note = recipe.scarce, f"{given.tokens} tokens, fewer than {need}: damping {recipe.scarce:g}"
-    solution = prune(W, spec, given.H, solver, H_test=given.H_test, damp=damp, refit=recipe.refit)
-    figures = {
+def _prune_together(job: Job, given: Sequence[_Shared], recipe: Recipe, team: Team) -> list[dict[str, Any]]:
+    """Prune a job's matrices in place, or leave them dense if one saw too few tokens, and return a row for each.
+
+    All processes of the team do so together.  ``given`` is what is known of the leaders' inputs, in order.
+    """
+    W = {name: matrix.weight for name, matrix in job.matrices.items()}
+    inputs = dict(zip(job.leaders, given, strict=True))
+    solver = recipe.solvers[job.matrices[next(iter(inputs))].name]
+    notes = {name: "" if name in inputs else f"follows {', '.join(inputs)}" for name in W}
+    short = {}
+    for name, shared in inputs.items():
+        need = W[name].shape[1] if recipe.min_tokens is None else recipe.min_tokens
+        if not shared.all_tokens and shared.tokens < need:
+            short[name] = f"{shared.tokens} tokens, fewer than {need}"
+    damp = recipe.scarce if short else recipe.damp
+    if damp is None or not all(inputs[name].tokens for name in short):
+        damp, figures = recipe.damp, dict.fromkeys(W, _UNTOUCHED)
+        notes = dict.fromkeys(W, f"{', '.join(short.values())}: left dense")
+    else:
+        moments = {name: shared.H for name, shared in inputs.items() if shared.H is not None}
+        tests = {name: shared.H_test for name, shared in inputs.items() if shared.H_test is not None}
+        options: dict[str, Any] = {"damp": damp, "refit": recipe.refit, "refine": recipe.refine, "distributed": team}
+        found = prune(W, job.spec, moments, solver, H_test=tests, **options)
+        figures = {name: _measure(solution, W[name]) for name, solution in found.items()}
+        # the time is that of all together, told once
+        figures |= {name: {**figures[name], "time_s": 0.0} for name in W if name != next(iter(inputs))}
+        notes |= {name: f"{told}: damping {damp:g}" for name, told in short.items()}
+        for name, solution in found.items():
+            W[name].copy_(solution.weight)
+    return [
+        {
+            "shape": list(w.shape),
+            "spec": str(job.spec),
+            "solver": repr(solver),
+            "damp": damp,
+            **figures[name],
+            "tokens": inputs[name].tokens if name in inputs else None,
+            "note": notes[name],
+        }
+        for name, w in W.items()
+    ]
+
+
+def _measure(solution: Solution, W: Tensor) -> dict[str, Any]:
+    stats = {key: solution.stats[key] for key in ("damp", "time_s", "mem_mib") if key in solution.stats}
+    return {
         "solver": solution.solver,
-        "damp": solution.stats.get("damp", damp),
         "error": solution.error,
         "error_test": solution.error_test,
         "weight_error": _distance(solution.weight, W),
         "density": float(solution.mask.double().mean()),
-        "time_s": solution.stats["time_s"],
-        "mem_mib": solution.stats["mem_mib"],
+        **stats,
     }
-    W.copy_(solution.weight)
-    return {**row, **figures, "tokens": given.tokens, "note": note}
 
 
 def _distance(W_hat: Tensor, W: Tensor) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from s3lab.errors import DataError
 from s3lab.files import write
+from s3lab.tensors.team import SOLO, Team
 
 MANIFEST = "manifest.json"
 
@@ -25,7 +26,8 @@ MANIFEST = "manifest.json"
 class RunDir:
     """A run directory, opened for one set of settings, which JSON must be able to hold.
 
-    A manifest that cannot be read, or is not as it was written, counts as none.  Raises DataError where the directory
+    A manifest that cannot be read, or is not as it was written, counts as none.  The processes of a team all open it
+    and save what is theirs; the first one keeps the manifest and the weights.  Raises DataError where the directory
     belongs to other settings, naming them, or holds a manifest of something else.
 
     >>> from tempfile import TemporaryDirectory
@@ -34,8 +36,14 @@ class RunDir:
     ([], [])
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
+        team: Team = SOLO,
+    ) -> None:
+        self.path, self.team = Path(path), team
         self.manifest: dict[str, Any] = {
             "settings": json.loads(json.dumps(settings)),
             "facts": json.loads(json.dumps(facts or {}, default=str)),
@@ -44,10 +52,10 @@ class RunDir:
         }
         self.damaged: list[str] = []
         self._hashes: dict[str, str] = {}
-        if (self.path / MANIFEST).exists():
-            self._resume()
-        else:
-            self._store()
+        for turn in (True, False):  # what the first finds broken, it mends before the others look
+            if (team.rank == 0) == turn:
+                self._open()
+            team.wait()
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -74,7 +82,9 @@ class RunDir:
     def commit(self, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Make a layer final: its weights, its record, and the state that the next one begins with."""
         index = len(self.layers)
-        self.save(layer_file(index), weights)
+        if self.team.rank == 0:
+            self.save(layer_file(index), weights)
+        self._share_hashes()
         self.layers.append({**record, "sha256": self._hashes[layer_file(index)]})
         begun = {name: sha256 for name, sha256 in self._hashes.items() if name.startswith(state_folder(index + 1))}
         self.manifest["state"] = {"layer": index + 1, "sha256": begun}
@@ -82,24 +92,34 @@ class RunDir:
 
     def drop(self, index: int) -> None:
         """Remove the state that a layer began with."""
-        shutil.rmtree(self.path / state_folder(index), ignore_errors=True)
+        if self.team.rank == 0:
+            shutil.rmtree(self.path / state_folder(index), ignore_errors=True)
         self._hashes.clear()
 
     def close(self) -> None:
         """Remove the state that a finished run needs no more."""
-        if (self.path / "state").exists():
+        if self.team.rank == 0 and (self.path / "state").exists():
             self.manifest["state"] = {"layer": len(self.layers), "sha256": {}}
             self._store()
             shutil.rmtree(self.path / "state")
 
     def usable_state(self) -> int:
         """Return the layer that the stored state belongs to if that is the next one and all of it is intact, else 0."""
+        return int(self.team.max(self._check_state() if self.team.rank == 0 else 0))
+
+    def _check_state(self) -> int:
         state = self.manifest["state"]
         if state["layer"] != len(self.layers) or not state["sha256"]:
             return 0
         broken = [name for name, sha256 in state["sha256"].items() if not self._has(name, sha256)]
         self.damaged += broken
         return 0 if broken else state["layer"]
+
+    def _open(self) -> None:
+        if (self.path / MANIFEST).exists():
+            self._resume()
+        else:
+            self._store()
 
     def _resume(self) -> None:
         try:
@@ -125,7 +145,15 @@ class RunDir:
     def _has(self, name: str, sha256: str) -> bool:
         return (self.path / name).is_file() and digest(self.path / name) == sha256
 
+    def _share_hashes(self) -> None:
+        """Learn the hashes of what the other processes have saved, and wait until all have."""
+        line = bytearray(json.dumps(self._hashes).encode() + b"\n")
+        for told in bytes(self.team.gather(torch.frombuffer(line, dtype=torch.uint8)).tolist()).splitlines():
+            self._hashes |= json.loads(told)
+
     def _store(self) -> None:
+        if self.team.rank > 0:
+            return
         sealed = {**self.manifest, "sha256": _seal(self.manifest)}
         write(self.path / MANIFEST, (json.dumps(sealed, indent=1) + "\n").encode())
 

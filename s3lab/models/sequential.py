@@ -12,21 +12,22 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from s3lab.algebra.spec import Spec
 from s3lab.errors import DataError
 from s3lab.models import corpus
 from s3lab.models.decoder import Decoder, find_decoder
 from s3lab.models.flow import Chunk, Flow, cut_chunks
-from s3lab.models.layerwise import Recipe, choose, choose_specs, prune_layer
+from s3lab.models.jobs import Specs, choose, choose_jobs, read_tables, write_tables
+from s3lab.models.layerwise import Recipe, prune_layer
 from s3lab.models.rundir import RunDir, hash_tensors, layer_file
 from s3lab.shapes import Integer
 from s3lab.solvers import make_solver
 from s3lab.solvers.base import Solver
+from s3lab.tensors.team import Team, find_team
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,14 +68,15 @@ class Run:
 def prune_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    spec: str | Spec | Mapping[str, str | Spec],
-    solver: str | Solver | Mapping[str, str | Solver] = "sobs",
+    spec: Specs,
+    solver: str | Solver | Mapping[str, str | Solver] = "admm",
     *,
     calibration: str | Path | Integer[Tensor, "N L"] = "stdlib",
     sequences: int = 128,
     length: int = 256,
-    damp: float = 1e-2,
+    damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
+    refine: bool = False,
     held_out: float = 0.1,
     hessians: str = "pruned",
     batch: int = 8,
@@ -86,6 +88,7 @@ def prune_model(
     progress: bool | Callable[[Step], object] = True,
     measure: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    distributed: bool | Team = False,
 ) -> Run:
     """Prune the matrices in the decoder layers of a model, in place, and return the Run.
 
@@ -93,12 +96,18 @@ def prune_model(
     moments of its inputs in the model as pruned so far; ``hessians="dense"`` takes those of the dense model.
     ``calibration`` is a source of text as `corpus.tokens` takes it, of which ``sequences`` of ``length`` tokens are
     drawn with ``seed``, or ready sequences (N, L) int64, which need no tokenizer; a share ``held_out`` of them enters
-    no second moment and gives the held-out errors.  Weights keep their dtype, the model its mode.
+    no second moment and gives the held-out errors, by which ``damp="auto"`` picks the damping of each matrix.
+    ``refit`` and ``refine`` are those of `prune`.  Weights keep their dtype, the model its mode.
 
     ``spec`` and ``solver`` are for all matrices, or tables of globs over their names, with or without what stands
     before the list of layers, of which the first match wins; the spec "dense" leaves a matrix alone.  A matrix that
     is not given every token, such as an expert, and saw fewer than ``min_tokens`` (its inputs, if None) is left
     dense, or pruned with damping ``scarce``, and its row says so in ``note``.
+
+    A coupled spec, or a name of `structures.STRUCTURES` with a budget such as "mlp-channels keep 75%", takes in each
+    layer the matrices that it names, as soon as the inputs of all that lead are known; those that follow have no error
+    and say whom in ``note``.  In a list of specs and tables, or a text with ``;`` between specs, each is for what those
+    before it left; what none takes stays dense.
 
     ``batch`` sequences at a time are on ``device`` (the model's own, if None), with one layer and its second moments;
     hidden states rest on the CPU, or with ``out`` on disk.  ``out`` names a run directory: the same call on the same
@@ -106,8 +115,14 @@ def prune_model(
     a function of each Step; figures of ``measure(model)`` after each layer join that layer's row; ``provenance`` is
     kept in the manifest.
 
+    With ``distributed`` all processes of torch's default group make this call, on the same model: each sends its share
+    of the sequences through it, second moments are summed over all, and `prune` shares out the rows.  All end with
+    the same model, that of one process to rounding.  They share the directory ``out``, which the first one keeps,
+    as it alone reports progress, and any other number of processes can go on from there.  An error in one ends all.
+
     Raises SpecError for specs that fit no matrix and globs that match none, DataError for a model that is not a
-    chain of layers, too few sequences and a run directory of other settings, SolveError where a solver cannot go on.
+    chain of layers, too few sequences, a run directory of other settings and processes that were not given the same,
+    SolveError where a solver cannot go on.
     Cost: a forward pass of each layer per stage, and two more, over all sequences, beside that of the solver.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -119,28 +134,29 @@ def prune_model(
     """
     from s3lab import __version__  # which is there only when the package is
 
-    specs = spec if isinstance(spec, Mapping) else {"*": spec}
+    tables = read_tables(spec)
     solvers = solver if isinstance(solver, Mapping) else {"*": solver}
     solvers = {glob: make_solver(value) for glob, value in solvers.items()}
     options: dict[str, Any] = {
         "damp": damp,
         "refit": refit,
+        "refine": refine,
         "hessians": hessians,
         "scarce": scarce,
         "min_tokens": min_tokens,
     }
-    decoder, place = find_decoder(model), torch.device(device or model.device)
+    team, decoder, place = find_team(distributed), find_decoder(model), torch.device(device or model.device)
     ids = calibration
     if not isinstance(ids, Tensor):
         if tokenizer is None:
             raise DataError(f"the text of {str(ids)!r} needs a tokenizer: give the model's, or ready sequences")
         ids = corpus.tokens(tokenizer, "calibration", length, sequences, seed, ids)
-    recipe = Recipe(choose_specs(decoder, specs), choose(decoder, solvers), **options)
+    recipe = Recipe(choose_jobs(decoder, model.config, tables), choose(decoder, solvers), **options)
     chunks = cut_chunks(ids, held_out, batch, seed)
     settings = {
         **_fingerprint(model),
         "calibration": hash_tensors({"ids": ids}),
-        "spec": {glob: str(value) for glob, value in specs.items()},
+        "spec": write_tables(tables),
         "solver": {glob: repr(value) for glob, value in solvers.items()},
         **options,
         "held_out": held_out,
@@ -155,12 +171,15 @@ def prune_model(
         "length": ids.shape[1],
         "calibration_tokens": sum(chunk.ids.numel() for chunk in chunks if not chunk.held_out),
         "threads": torch.get_num_threads(),
+        "processes": team.size,
         "provenance": dict(provenance or {}),
     }
-    rundir = None if out is None else RunDir(out, settings, facts)
-    done = sum(len(record["matrices"]) for record in rundir.layers) if rundir else 0
-    with torch.no_grad(), _as_evaluated(model, decoder), _report(progress, len(recipe.specs), done) as report:
-        records = _walk(model, decoder, chunks, recipe, place, rundir, measure, report)
+    with torch.no_grad(), team.united(), _as_evaluated(model, decoder):
+        _check_alike(team, settings)
+        rundir = None if out is None else RunDir(out, settings, facts, team)
+        done = sum(len(record["matrices"]) for record in rundir.layers) if rundir else 0
+        with _report(team.rank == 0 and progress, recipe.total, done) as report:
+            records = _walk(model, decoder, chunks, recipe, place, rundir, team, measure, report)
     return Run(
         model,
         [row for record in records for row in record["matrices"]],
@@ -177,6 +196,7 @@ def _walk(
     recipe: Recipe,
     place: torch.device,
     rundir: RunDir | None,
+    team: Team,
     measure: Callable[[PreTrainedModel], Mapping[str, float]] | None,
     report: Callable[[Step], object],
 ) -> list[dict[str, Any]]:
@@ -191,7 +211,7 @@ def _walk(
         if finished == count:
             rundir.close()
             return records
-    flow = Flow(model, decoder, chunks, place, rundir)
+    flow = Flow(model, decoder, chunks, place, rundir, team)
     if start == 0:
         flow.embed()
     solved = sum(len(record["matrices"]) for record in records)
@@ -200,7 +220,7 @@ def _walk(
         def tell(name: str, error: float | None, index: int = index) -> None:
             nonlocal solved
             solved += 1
-            report(Step(solved, len(recipe.specs), index, count, name, error))
+            report(Step(solved, recipe.total, index, count, name, error))
 
         began = time.perf_counter()
         with _resident(decoder.layers[index], place):
@@ -273,11 +293,18 @@ def _report(progress: bool | Callable[[Step], object], total: int, done: int) ->
         with tqdm(total=total, initial=done, unit="matrix") as bar:
 
             def show(step: Step) -> None:
-                error = "left dense" if step.error is None else f"error {step.error:.2%}"
-                bar.set_postfix_str(f"layer {step.layer + 1}/{step.layers}, {step.name}, {error}", refresh=False)
+                error = "" if step.error is None else f", error {step.error:.2%}"
+                bar.set_postfix_str(f"layer {step.layer + 1}/{step.layers}, {step.name}{error}", refresh=False)
                 bar.update(step.solved - bar.n)
 
             yield show
+
+
+def _check_alike(team: Team, settings: dict[str, Any]) -> None:
+    """Raise DataError where the processes of a team were not given the same."""
+    seal = int(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12], 16)
+    if team.max(seal) + team.max(-seal):
+        raise DataError("the processes have different models, sequences or settings: give all of them the same")
 
 
 def _fingerprint(model: PreTrainedModel) -> dict[str, str]:

@@ -57,12 +57,16 @@ STRUCTURES: dict[str, tuple[str, ...]] = {
 def head_sizes(config: PretrainedConfig) -> dict[str, int]:
     """Return the rows of a ``head``, and those of a ``group`` of heads that share keys and values.
 
+    Raises SpecError for a model without attention heads.
+
     >>> from transformers import LlamaConfig
     >>> head_sizes(LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2))
     {'head': 16, 'group': 32}
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise SpecError(f"{type(text).__name__} tells of no attention heads: couple the matrices by a text of your own")
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     return {"head": head, "group": head * heads // (getattr(text, "num_key_value_heads", None) or heads)}
 
@@ -85,13 +89,14 @@ def read_couplings(spec: str | Pattern, config: PretrainedConfig) -> tuple[Coupl
     if name in STRUCTURES:
         if not budget:
             raise SpecError(f"{name} has no budget: say how many are kept, as in '{name} keep 75%'")
-        texts = [text.format(**head_sizes(config)) for text in STRUCTURES[name]]
+        texts = [text.format(**head_sizes(config)) if "{" in text else text for text in STRUCTURES[name]]
         return tuple(found for text in texts if isinstance(found := parse(f"{text} keep {budget}"), Coupled))
     try:
         found = parse(spec)
     except SpecError as error:
-        close = get_close_matches(name, STRUCTURES)
-        raise SpecError(f"{error}\n    parts of a layer by name: {', '.join(close)}") from None if close else error
+        if close := get_close_matches(name, STRUCTURES):
+            raise SpecError(f"{error}\n    parts of a layer of a similar name: {', '.join(close)}") from None
+        raise
     return (found,) if isinstance(found, Coupled) else ()
 
 
@@ -117,6 +122,4 @@ def fit(couplings: Iterable[Coupled], matrices: Mapping[str, Matrix], layer: str
         except SpecError as error:
             raise SpecError(f"{layer}: {error}") from error
         return coupling, members
-    raise SpecError(
-        f"{layer} is not as the coupling says: {'; '.join(reasons)}; free to be coupled are {', '.join(local) or 'none'}"
-    )
+    raise SpecError(f"{layer} cannot be coupled so: {'; '.join(reasons)}; there are {', '.join(local)} to couple")

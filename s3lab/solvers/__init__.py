@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from s3lab.solvers.sparsegpt import SparseGPT
 from s3lab.solvers.wanda import Wanda
 from s3lab.tensors.meter import Meter
 from s3lab.tensors.problem import Problem
+from s3lab.tensors.shard import over_rows
+from s3lab.tensors.team import Team, find_team
 
 SOLVERS: dict[str, type[Solver]] = {
     "magnitude": Magnitude,
@@ -59,6 +61,7 @@ def prune(
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
     refine: bool | Refine = False,
+    distributed: bool | Team = False,
 ) -> Solution: ...
 @overload
 def prune(
@@ -71,6 +74,7 @@ def prune(
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
     refine: bool | Refine = False,
+    distributed: bool | Team = False,
 ) -> dict[str, Solution]: ...
 def prune(
     W: Tensor | Mapping[str, Tensor],
@@ -82,6 +86,7 @@ def prune(
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
     refine: bool | Refine = False,
+    distributed: bool | Team = False,
 ) -> Solution | dict[str, Solution]:
     """Return the Solution of min tr (Ŵ−W)H(Ŵ−W)ᵀ over the Ŵ whose mask satisfies a spec, as a solver finds it.
 
@@ -90,6 +95,10 @@ def prune(
     is added to the diagonal, as a fraction of its mean; "auto" is the rung of `damping.LADDER` with the least held-out
     error.  ``refit`` fits the kept weights exactly afterwards; ``refine`` exchanges blocks as well, where that lowers
     the loss, with the options of a `Refine`.
+
+    ``distributed`` shares the rows out to all processes of torch's default group, each of which makes this call and
+    gets the same result, that of one process to rounding; patterns that tie all rows together, composed ones and
+    couplings are solved by each in whole, and ``processes`` in the stats is 1.
 
     Under a coupling, W, H and H_test are such tensors by name, the sum over the leaders is what is least, and the
     result is a Solution by name; tensors that share their inputs are quickest with the same H.  Followers need no H.
@@ -106,24 +115,26 @@ def prune(
     weights, moments, tests = ({ALONE: x} if isinstance(x, Tensor) else dict(x or {}) for x in (W, H, H_test))
     if unknown := (moments.keys() | tests.keys()) - weights.keys():
         raise SolveError(f"second moments of {', '.join(sorted(unknown))}, of which there is no weight: give both")
-    method = make_solver(solver)
+    method, team = make_solver(solver), find_team(distributed)
 
     def solve(damp: float) -> dict[str, Solution]:
         problems = {name: Problem(w, moments.get(name), tests.get(name), damp) for name, w in weights.items()}
-        found = method.prune(problems, spec)
+        found = method.prune(problems, spec, team)
         if refine:
             return _refine(problems, spec, found, Refine() if refine is True else refine)
-        return _refit(problems, spec, found) if refit else found
+        return _refit(problems, spec, found, team) if refit else found
 
     if damp != "auto":
         found = solve(damp)
     else:
         solved: dict[float, dict[str, Solution]] = {}
         with Meter(next(iter(weights.values())).device) as meter:
-            tried = climb(lambda rung: measure_held_out(solved.setdefault(rung, solve(rung)).values()))
+            tried = climb(lambda rung: team.max(measure_held_out(solved.setdefault(rung, solve(rung)).values())))
         told = {"time_s": meter.time_s, "damps": tried}
         best = solved[min(tried, key=lambda rung: tried[rung])]
         found = {name: replace(solution, stats={**solution.stats, **told}) for name, solution in best.items()}
+    if team.size > 1:
+        found = {name: _agree(solution, team) for name, solution in found.items()}
     return found[ALONE] if isinstance(W, Tensor) else found
 
 
@@ -139,19 +150,30 @@ def _refine(problems: Problems, spec: Pattern, found: dict[str, Solution], refin
     return conclude({ALONE: problem}, spec, {ALONE: mask}, {ALONE: weight}, f"{first.solver} + {refine}", stats)
 
 
-def _refit(problems: Problems, spec: Pattern, found: dict[str, Solution]) -> dict[str, Solution]:
+def _refit(problems: Problems, spec: Pattern, found: dict[str, Solution], team: Team) -> dict[str, Solution]:
     """Fit the kept weights of all tensors that have a say exactly, at the damping that was used."""
+
+    def fit(problem: Problem, bound: object, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        fitted = Refit()(problem, mask)
+        return mask, fitted.weight, {"refit_steps": fitted.steps, "residual": fitted.residual}
+
     first = next(iter(found.values()))
-    with torch.no_grad(), Meter(first.weight.device) as meter:
+    with torch.no_grad(), team.united(), Meter(first.weight.device) as meter:
         leaders = [n for n in found if not isinstance(spec, Coupled) or n not in spec.followers]
         fitted = {name: replace(problems[name], damp=found[name].stats["damp"]) for name in leaders}
-        fits = {name: Refit()(fitted[name], found[name].mask) for name in leaders}
+        bound = None if isinstance(spec, Coupled) else spec.bind(first.weight.shape)
+        fits = {name: over_rows(fit, fitted[name], bound, team, found[name].mask) for name in leaders}
     stats = {
         **{key: value for key, value in first.stats.items() if key != "damp"},
         "time_s": first.stats["time_s"] + meter.time_s,
-        "refit_steps": max(fit.steps for fit in fits.values()),
-        "residual": max(fit.residual for fit in fits.values()),
+        **{key: max(told[key] for _, _, told in fits.values()) for key in ("refit_steps", "residual")},
     }
     masks = {name: solution.mask for name, solution in found.items()}
-    weights = {name: fit.weight for name, fit in fits.items()}
+    weights = {name: weight for name, (_, weight, _) in fits.items()}
     return conclude({**problems, **fitted}, spec, masks, weights, f"{first.solver} + {Refit()}", stats)
+
+
+def _agree(solution: Solution, team: Team) -> Solution:
+    """What each process has solved in whole, or finished, is to the bit what the first one has."""
+    mask, weight = team.first(solution.mask), team.first(solution.weight)
+    return replace(solution, mask=mask, weight=weight, stats={"processes": 1, **solution.stats})

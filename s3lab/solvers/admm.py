@@ -92,7 +92,8 @@ class ADMM(Solver):
         """Run the loop on problems whose supports are decided together; masks, weights, and what there is to say."""
         rho, growth, hold = self._schedule
         halves = [_Half(problem, rho * width**_BLOCKS) for problem, width in zip(problems, widths, strict=True)]
-        allowed = _STILL * sum(half.D.numel() for half in halves)
+        team = problems[0].team
+        allowed = _STILL * team.total(sum(half.D.numel() for half in halves))
         masks, changes, still, step = [torch.ones_like(half.D, dtype=torch.bool) for half in halves], 0, 0, 0
         for step in range(1, self.max_steps + 1):
             if step > 1 and step % hold == 1 % hold:
@@ -101,7 +102,7 @@ class ADMM(Solver):
             before, masks = masks, project([half.advance() for half in halves])
             for half, mask in zip(halves, masks, strict=True):
                 half.prune(mask)
-            changes = sum(int((a ^ b).sum()) for a, b in zip(before, masks, strict=True))
+            changes = team.total(sum(int((a ^ b).sum()) for a, b in zip(before, masks, strict=True)))
             still = still + 1 if changes <= allowed else 0
             if still == _PATIENCE:
                 break

@@ -19,6 +19,8 @@ from s3lab.shapes import Bool, Float
 from s3lab.tensors.joint import join
 from s3lab.tensors.meter import Meter
 from s3lab.tensors.problem import Problem
+from s3lab.tensors.shard import over_rows
+from s3lab.tensors.team import SOLO, Team
 
 Bound = compose.Bound | Stage
 Problems = Mapping[str, Problem]
@@ -67,15 +69,15 @@ class Solver(ABC):
         """
         return self.prune({ALONE: problem}, spec)[ALONE] if isinstance(problem, Problem) else self.prune(problem, spec)
 
-    def prune(self, problems: Problems, spec: Pattern) -> dict[str, Solution]:
-        """Prune problems by name, a single one under the name `ALONE`."""
+    def prune(self, problems: Problems, spec: Pattern, team: Team = SOLO) -> dict[str, Solution]:
+        """Prune problems by name, a single one under the name `ALONE`, by all processes of a team."""
         alone, coupled = ALONE in problems, isinstance(spec, Coupled)
         if alone is coupled:
             raise SpecError(f"{spec} is for {'several tensors by name' if coupled else 'one tensor'}: give just that")
         shapes = {name: problem.shape for name, problem in problems.items()}
         bound = spec.bind(shapes if coupled else shapes[ALONE])
         with torch.no_grad(), Meter(next(iter(problems.values())).W.device) as meter:
-            problems, masks, weights, stats = self._solve_damped(problems, bound)
+            problems, masks, weights, stats = self._solve_damped(problems, bound, team)
         stats = {"time_s": meter.time_s, "mem_mib": meter.mem_mib, **stats}
         return conclude(problems, spec, masks, weights, repr(self), stats)
 
@@ -95,14 +97,15 @@ class Solver(ABC):
         return bound.scatter(joint.stage.gather(mask)), joint.split(weight), stats
 
     def _solve_damped(
-        self, problems: Problems, bound: Bound | CoupledPartition
+        self, problems: Problems, bound: Bound | CoupledPartition, team: Team
     ) -> tuple[Problems, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         while True:
             try:
-                if not isinstance(bound, CoupledPartition):
-                    mask, weight, stats = self.solve(problems[ALONE], bound)
-                    return problems, {ALONE: mask}, {ALONE: weight}, stats
-                return problems, *self.solve_coupled({name: problems[name] for name in bound.leaders}, bound)
+                with team.united():
+                    if not isinstance(bound, CoupledPartition):
+                        mask, weight, stats = over_rows(self.solve, problems[ALONE], bound, team)
+                        return problems, {ALONE: mask}, {ALONE: weight}, stats
+                    return problems, *self.solve_coupled({name: problems[name] for name in bound.leaders}, bound)
             except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
                 problems = {name: p if p.H is None else p.damped_more() for name, p in problems.items()}
 

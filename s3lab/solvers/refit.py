@@ -62,7 +62,7 @@ class Refit:
         best, since = torch.inf, 0
         for step in range(self.max_steps + 1):
             gap = residual.norm(dim=1, keepdim=True)
-            worst = float((gap / goal).nan_to_num(0).max())
+            worst = problem.team.max(float((gap / goal).nan_to_num(0).max()))
             best, since = (worst, 0) if worst < 0.9 * best else (best, since + 1)
             if worst <= 1 or step == self.max_steps or since > 20:
                 return Fit(W, step, worst * tolerance)

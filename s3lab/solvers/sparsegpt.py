@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 from s3lab.algebra.choose import keep_highest
 from s3lab.algebra.stage import Stage
 from s3lab.errors import SolveError
+from s3lab.solvers import kernels
 from s3lab.solvers.base import Bound, Solver, decide_rounds
 from s3lab.tensors.incidence import arrange, link, share, tabulate
 from s3lab.tensors.problem import Problem
 
+_RUN = 16  # columns between two products: they are made good one by one in their run, at once in what is behind it
+
 
 @dataclass(frozen=True)
 class SparseGPT(Solver):
-    """One Hessian for all rows, one pass over the columns through the upper factor U of H⁻¹ = UᵀU.
+    """One Hessian for all rows, one pass over the columns through the upper R of H = RRᵀ, U = R⁻¹ that of H⁻¹ = UᵀU.
 
     When the first column of a scope is reached its blocks are scored by Σ (w_ij / U_jj)² with the weights as they are
     then, over all its rows, and the lowest go.  Columns are visited from the left, those that one scope links next
     to each other; a scope wider than ``width`` columns is decided window by window, each with its share of the
     budget, the sum exact.  ``width`` is also the lag of the updates and does not change the result for narrow scopes.
 
-    Cost: about M·K² + K³ operations.  Source: Frantar and Alistarh, *SparseGPT*, 2023, Algorithm 1, there for N:M and
-    unstructured masks.
+    impl
+        ``"triton"`` sweeps a window in one kernel and raises SolveError where `kernels.refuse_sweep` has a reason not
+        to; ``"torch"`` takes any pattern on any device; ``"auto"`` takes the kernel where it can and there is a GPU.
+
+    A window J needs of all before it only Y = W₀ − Ŵ, what they have changed: it starts from W₀ + (R_JJ)⁻ᵀ Σ R_IJᵀ Y_I,
+    one product, and no inverse but that of R_JJ is formed.  Cost: about M·K² + K³/3 operations.  Source: Frantar and
+    Alistarh, *SparseGPT*, 2023, Algorithm 1, there through U, for N:M and unstructured masks.
 
     >>> import s3lab as s3
     >>> H = s3.hessian(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
@@ -35,10 +46,12 @@ class SparseGPT(Solver):
     """
 
     width: int = 128
+    impl: kernels.Impl = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.width, int) or self.width < 1:
             raise SolveError(f"SparseGPT(width={self.width!r}): a number of columns, at least 1, such as 128")
+        kernels.check_impl(self.impl)
 
     def solve(self, problem: Problem, bound: Bound) -> tuple[Tensor, Tensor, dict[str, Any]]:
         weight = problem.weight
@@ -52,78 +65,179 @@ class SparseGPT(Solver):
 
     def _sweep(self, problem: Problem, stage: Stage) -> tuple[Tensor, Tensor]:
         """Return the mask and the weight after one pass over the columns, which decides a stage."""
-        M, K = stage.shape
-        plan = _Plan(stage, self.width)
-        U = problem.inverse_factor(plan.order)
-        W = problem.weight.T[plan.order].contiguous()  # (K, M): a column is a row, updates are contiguous
-        pruned = torch.zeros(K, M, dtype=torch.bool, device=W.device)
-        if stage.pruned is not None:
-            pruned |= stage.pruned.T[plan.order]
+        tiled = kernels.is_tiled(stage, self.width)
+        in_kernel = kernels.takes_triton(self.impl, kernels.refuse_sweep(stage, tiled, problem.weight))
+        plan = _Tiles(stage, self.width, in_kernel) if tiled else _Plan(stage, self.width)
+        R = _factor(problem, plan.order)
+        W = problem.weight.T[plan.order].contiguous()  # (K, M): a column is a row
+        board = _Board(W, stage.pruned, plan.order)
         for start, stop in plan.windows:
-            lost = torch.empty(stop - start, M, dtype=W.dtype, device=W.device)
-            scale = U.diagonal()[start:stop, None]
-            for j in range(start, stop):
-                if j in plan.decisions:
-                    plan.decide(j, W[start:stop] / scale, pruned, start)
-                lost[j - start] = W[j] * pruned[j] / U[j, j]
-                W[j:stop].addr_(U[j, j:stop], lost[j - start], alpha=-1)
-            W[stop:].addmm_(U[start:stop, stop:].T, lost, alpha=-1)
+            window, scale = slice(start, stop), R.diagonal()[start:stop]
+            U = solve_triangular(R[window, window], scale.diag(), upper=True).fill_diagonal_(1)
+            before = R[:start, window].T @ W[:start]
+            board.V[window] = torch.addmm(W[window] * scale[:, None], U.T, before)
+            plan.sweep(board, U, start, stop)
+            board.V[window] /= scale[:, None]
+            W[window] -= board.V[window]
         back = plan.order.argsort()
-        return ~pruned[back].T.contiguous(), W[back].T.contiguous()
+        return (board.gone[back] == 0).T.contiguous(), board.V[back].T.contiguous()
+
+
+def _factor(problem: Problem, order: Tensor) -> Tensor:
+    """Return the upper R with H = RRᵀ, its inputs in the given order: a lower factor, of the inputs turned around."""
+    turned = order.flip(0)
+    lower = torch.linalg.cholesky(problem.hessian.index_select(0, turned).index_select(1, turned).double())
+    return lower.to(problem.dtype).flip(0, 1)
+
+
+def _sweep_window(board: _Board, U: Tensor, start: int, stop: int, plan: _Tiles | _Plan) -> None:
+    """Decide and sweep a window: what goes of V_i is taken from all columns j to come, U_ij / U_jj times each."""
+    V, lost = board.V[start:stop], torch.empty_like(board.V[start:stop])
+    columns, gone, losses = V.unbind(), board.gone[start:stop].unbind(), lost.unbind()
+    for a, b in pairwise(_runs(start, stop, plan.due)):
+        for j in range(a, b):
+            if j in plan.due:
+                plan.decide(board, j)
+            i, end = j - start, b - start
+            torch.mul(columns[i], gone[i], out=losses[i])
+            V[i:end].addr_(U[i, i:end], losses[i], alpha=-1)
+        a, b = a - start, b - start
+        V[b:].addmm_(U[a:b, b:].T, lost[a:b], alpha=-1)
+
+
+def _runs(start: int, stop: int, due: Container[int]) -> list[int]:
+    """Cut a window into runs of `_RUN` columns or a few more: never within columns that are decided in the same run."""
+    cuts, decided = [start], True
+    for j in range(start + 1, stop):
+        if j - cuts[-1] >= _RUN and (decided or j in due):
+            cuts.append(j)
+            decided = True
+        decided = decided and (j not in due or j == cuts[-1])
+    return [*cuts, stop]
+
+
+class _Board:
+    """What a sweep works on, a row for each column: weights V in units of their score, and which are gone, as 0 or 1.
+
+    Flat, both end in one more place, which stands for all that is not there.
+    """
+
+    def __init__(self, W: Tensor, pruned: Tensor | None, order: Tensor) -> None:
+        self.flat, self.flat_gone = W.new_zeros(W.numel() + 1), W.new_zeros(W.numel() + 1)
+        self.V, self.gone = self.flat[:-1].view(W.shape), self.flat_gone[:-1].view(W.shape)
+        if pruned is not None:
+            self.gone.copy_(pruned.T[order])
+
+
+class _Tiles:
+    """The plan where scopes are consecutive columns of one row: all rows decide at once, and nothing is looked up."""
+
+    def __init__(self, stage: Stage, width: int, in_kernel: bool) -> None:
+        self.in_kernel = in_kernel
+        K, step = stage.shape[1], stage.B * stage.E
+        self.extents, self.keep = (stage.B, stage.E), stage.B - int(stage.goes[0])
+        self.order = torch.arange(K, device=stage.offsets.device)
+        self.due = range(0, K, step)
+        width = min(width, kernels.WINDOW) // step * step
+        self.windows = [(start, min(start + width, K)) for start in range(0, K, width)]
+
+    def sweep(self, board: _Board, U: Tensor, start: int, stop: int) -> None:
+        """Decide and sweep a window."""
+        if self.in_kernel:
+            kernels.sweep_window(board.V[start:stop], U, board.gone[start:stop], *self.extents, self.keep)
+        else:
+            _sweep_window(board, U, start, stop, self)
+
+    def decide(self, board: _Board, at: int) -> None:
+        """Mark as gone the blocks of the scopes that begin at a column that cost least, of equals the last ones."""
+        B, E = self.extents
+        scope = slice(at, at + B * E)
+        kept = keep_highest(board.V[scope].view(B, E, -1).square().sum(1).T, self.keep)
+        board.gone[scope].view(B, E, -1).copy_(~kept.T.unsqueeze(1))
+
+
+class _Decision(NamedTuple):
+    """Scopes, or shares of scopes, that are decided together: where on the board, and how many blocks they keep."""
+
+    places: Tensor  # (n, B, E)
+    there: Tensor  # (n, B): which blocks there are
+    keep: Tensor  # (n,)
+    scopes: Tensor  # (n,)
 
 
 class _Plan:
     """The order of the columns, their windows, and at which column which blocks are decided."""
 
     def __init__(self, stage: Stage, width: int) -> None:
-        K = stage.shape[1]
-        self.stage, self.there = stage, (stage.offsets >= 0).view(-1, stage.E)
-        present = stage.present
-        # what is not there stands with the first column of its block, or of its scope, and so links nothing
-        columns = torch.where(stage.offsets >= 0, stage.offsets % K, K)
-        least = columns.amin(2, keepdim=True)
-        least = torch.where(least < K, least, least.amin(1, keepdim=True).clamp(max=K - 1))
-        columns = torch.where(columns < K, columns, least)
+        M, K = stage.shape
+        self.stage, offsets = stage, stage.offsets
+        columns, there = offsets % K, offsets >= 0
+        present = there.any(-1)
+        if not there.all():  # what is not there stands with the first column of its block, or scope, and links nothing
+            columns = torch.where(there, columns, K)
+            least = columns.amin(2, keepdim=True)
+            least = torch.where(least < K, least, least.amin(1, keepdim=True).clamp(max=K - 1))
+            columns = torch.where(there, columns, least)
 
-        by_scope = link(columns.view(stage.S, -1), K)
-        self.narrow = int(by_scope.unique(return_counts=True)[1].max()) <= width
-        if not self.narrow and stage.lines is not None:
+        labels = link(_neighbours(columns.view(stage.S, -1), K), K)
+        narrow = int(labels.bincount().max()) <= width
+        if not narrow and stage.lines is not None:
             raise SolveError(
                 f"{stage.text} has scopes of more than {width} columns, which SparseGPT decides in parts, and what is "
                 "kept each way has none: give a larger width"
             )
-        labels = by_scope if self.narrow else link(columns.reshape(-1, stage.E), K)
+        if not narrow:
+            labels = link(_neighbours(columns.view(-1, stage.E), K), K)
         self.order, self.windows = arrange(labels, width)
+
         position = self.order.argsort()
+        on_board = torch.arange(M * K + 1, device=offsets.device)
+        on_board[:-1] = (position * M + torch.arange(M, device=offsets.device)[:, None]).view(-1)
+        places = on_board[offsets]  # of -1 it is the last
         first = position[labels[columns[..., 0]]]  # (S, B): where the group of a block's columns begins
-        starts = torch.tensor([start for start, _ in self.windows], device=columns.device)
-        self.window = torch.searchsorted(starts, first, right=True) - 1
-        self.budget = _share_budget(stage, self.window, len(self.windows))
-
-        self.rows = stage.offsets.clamp(min=0).div(K, rounding_mode="floor").view(-1, stage.E)
-        self.positions = position[columns].view(-1, stage.E)
-        numbers = torch.arange(stage.S * stage.B, device=columns.device).view(stage.S, stage.B)
-        when = first if self.narrow else starts[self.window]
-        moments = tabulate(numbers[present], when[present])
-        self.decisions = dict(zip(moments.keys.tolist(), moments.items, strict=True))
-
-    def decide(self, column: int, scaled: Tensor, pruned: Tensor, start: int) -> None:
-        """Mark as pruned, of the blocks that are due at a column, those that cost least, of equals the last ones."""
-        blocks = self.decisions[column]
-        blocks = blocks[blocks >= 0]
-        terms = scaled[self.positions[blocks] - start, self.rows[blocks]].square()
-        scopes, row = (blocks // self.stage.B).unique(return_inverse=True)
-        cost = terms.new_full((len(scopes), self.stage.B), -torch.inf)
-        cost[row, blocks % self.stage.B] = (terms * self.there[blocks]).sum(-1)
-        if self.narrow:
-            kept = self.stage.choose(cost, scopes)
+        if narrow:
+            scopes = torch.arange(stage.S, device=offsets.device)
+            when, keep = first[:, 0], present.sum(1) - stage.goes
         else:
-            window = self.window.view(-1)[blocks[0]]
-            goes = self.budget[scopes, window]
-            kept = keep_highest(cost, (cost > -torch.inf).sum(1) - goes)
-        goes = blocks[~kept[row, blocks % self.stage.B]]
-        there = self.there[goes]
-        pruned[self.positions[goes][there], self.rows[goes][there]] = True
+            starts = torch.tensor([start for start, _ in self.windows], device=offsets.device)
+            window = torch.searchsorted(starts, first, right=True) - 1
+            numbers = torch.arange(present.numel(), device=offsets.device).view(present.shape)
+            parts = tabulate(numbers[present], (numbers // stage.B * len(starts) + window)[present])
+            scopes, own = parts.keys // len(starts), parts.keys % len(starts)
+            blank = places.new_full((1, stage.E), M * K)
+            places, present = torch.cat([places.view(-1, stage.E), blank])[parts.items], parts.items >= 0
+            when, keep = starts[own], parts.counts - _share_budget(stage, window, len(starts))[scopes, own]
+
+        turn = when.argsort(stable=True)
+        moments, counts = when[turn].unique_consecutive(return_counts=True)
+        pieces = (x.index_select(0, turn).split(counts.tolist()) for x in (places, present, keep, scopes))
+        self.due = dict(zip(moments.tolist(), map(_Decision, *pieces), strict=True))
+        self.whole = bool(present.all())
+        self.keep = int(keep[0]) if bool((keep == keep[0]).all()) else None
+
+    def sweep(self, board: _Board, U: Tensor, start: int, stop: int) -> None:
+        """Decide and sweep a window."""
+        _sweep_window(board, U, start, stop, self)
+
+    def decide(self, board: _Board, at: int) -> None:
+        """Mark as gone, of the blocks that are due at a column, those that cost least, of equals the last ones."""
+        due = self.due[at]
+        cost = board.flat.take(due.places).square_().sum(-1)
+        if self.stage.lines is not None:
+            kept = self.stage.choose(cost, due.scopes)
+        else:
+            cost = cost if self.whole else cost.masked_fill_(~due.there, -torch.inf)
+            kept = keep_highest(cost, due.keep if self.keep is None else self.keep)
+        goes = (~kept).to(cost.dtype).unsqueeze(-1).expand_as(due.places)
+        board.flat_gone.scatter_(0, due.places.reshape(-1), goes.reshape(-1))
+
+
+def _neighbours(members: Tensor, count: int) -> Tensor:
+    """The distinct pairs of neighbours in the rows of ``members``: they link what the rows link, and are few."""
+    seen = torch.zeros(count * count, dtype=torch.bool, device=members.device)
+    seen[members[:, :-1] * count + members[:, 1:]] = True
+    pairs = seen.nonzero()
+    return torch.cat([pairs // count, pairs % count], 1)
 
 
 def _share_budget(stage: Stage, window: Tensor, windows: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from s3lab.errors import ShapeError, SolveError
 from s3lab.shapes import Bool, Float
 from s3lab.tensors.hessian import output_error
+from s3lab.tensors.team import SOLO, Team
 
 _SYMMETRY = 1e-4  # of the largest entry: float32 products of the same X differ by less
 _PIVOT = 1e-10  # of its diagonal: below, an input is a sum of others to what float32 can tell
@@ -24,7 +25,7 @@ class Problem:
     ``damp`` is added to the diagonal as a fraction of its mean over live inputs.  If the factorisation still fails,
     it is raised tenfold, step by step, and ``damping`` says to what.  Inputs with a zero diagonal are dead: their
     weights count as zero.  The work is done in float64 for a float64 weight and in float32 otherwise; factorisations
-    are in float64.
+    are in float64.  Where the rows are only some of a layer's, ``team`` are the processes that hold all of them.
 
     Raises ShapeError for a weight that is no finite real matrix, and for an H that is not finite, square, symmetric
     and of the weight's K; SolveError if H is needed and missing, or no damping makes it positive definite.
@@ -38,6 +39,7 @@ class Problem:
     H: Float[Tensor, "K K"] | None = None
     H_test: Float[Tensor, "K K"] | None = None
     damp: float = 1e-2
+    team: Team = SOLO
 
     def __post_init__(self) -> None:
         if self.W.ndim != 2 or not self.W.is_floating_point() or self.W.numel() == 0:

@@ -19,6 +19,7 @@ from s3lab.tensors.problem import Problem
 _EFFORTS = {"quick": (0.1, 1.7, 3), "balanced": (0.05, 1.4, 5), "thorough": (0.03, 1.15, 5)}
 _STILL = 1e-4  # of the mask: what changes at the end is of no account
 _PATIENCE = 3  # iterations of that in a row
+_TYPICAL = 6.0  # times the harmonic mean of H's eigenvalues, if below 1, is how much of ρ to start from
 _BLOCKS = 0.65  # the power of the block's width that ρ starts from: wide blocks are torn between supports by a small ρ
 
 
@@ -37,7 +38,9 @@ class ADMM(Solver):
     effort
         "quick", "balanced" or "thorough": how slowly ρ grows.  Slower growth finds a better support.
     rho, growth, hold
-        in place of those of the effort: the first ρ, for blocks of one column, its growth, and the iterations at one ρ.
+        in place of those of the effort: the first ρ, its growth, and the iterations at one ρ.  The first ρ is for
+        blocks of one column and inputs that do not repeat each other; it is raised for wider blocks, and lowered with
+        the harmonic mean of H's eigenvalues.
     max_steps
         iterations after which the support is taken as it is.
 
@@ -91,7 +94,7 @@ class ADMM(Solver):
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
         """Run the loop on problems whose supports are decided together; masks, weights, and what there is to say."""
         rho, growth, hold = self._schedule
-        halves = [_Half(problem, rho * width**_BLOCKS) for problem, width in zip(problems, widths, strict=True)]
+        halves = [_Half(problem, rho, width) for problem, width in zip(problems, widths, strict=True)]
         team = problems[0].team
         allowed = _STILL * team.total(sum(half.D.numel() for half in halves))
         masks, changes, still, step = [torch.ones_like(half.D, dtype=torch.bool) for half in halves], 0, 0, 0
@@ -120,13 +123,16 @@ class ADMM(Solver):
 class _Half:
     """One problem's part of the loop, in units of unit diagonal: what is pulled towards H, and towards the pattern."""
 
-    def __init__(self, problem: Problem, rho: float) -> None:
-        self.problem, self.rho = problem, rho
+    def __init__(self, problem: Problem, rho: float, width: int) -> None:
+        self.problem = problem
         self.unit = problem.hessian.diagonal().sqrt()
         self.H = problem.hessian / self.unit / self.unit[:, None]
         self.D = problem.weight * self.unit
         self.goal = self.D @ self.H
         self.V = torch.zeros_like(self.D)
+        # where inputs nearly repeat each other, most directions of H are flat, and ρ must not hide what they say
+        harmonic = 1 / float(torch.linalg.inv(self.H).diagonal().mean())
+        self.rho = rho * width**_BLOCKS * min(1.0, _TYPICAL * harmonic)
         self._invert()
 
     def _invert(self) -> None:

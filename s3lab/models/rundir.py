@@ -105,7 +105,7 @@ class RunDir:
 
     def usable_state(self) -> int:
         """Return the layer that the stored state belongs to if that is the next one and all of it is intact, else 0."""
-        return int(self.team.max(self._check_state() if self.team.rank == 0 else 0))
+        return int(self.team.max(float(self._check_state() if self.team.rank == 0 else 0)))
 
     def _check_state(self) -> int:
         state = self.manifest["state"]

@@ -302,7 +302,7 @@ def _report(progress: bool | Callable[[Step], object], total: int, done: int) ->
 
 def _check_alike(team: Team, settings: dict[str, Any]) -> None:
     """Raise DataError where the processes of a team were not given the same."""
-    seal = int(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12], 16)
+    seal = float(int(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12], 16))
     if team.max(seal) + team.max(-seal):
         raise DataError("the processes have different models, sequences or settings: give all of them the same")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from s3lab.algebra.couple import CoupledPartition
+from s3lab.algebra.coupled import CoupledPartition
 from s3lab.errors import DataError, SpecError
 from s3lab.models.decoder import Decoder, Matrix, find_decoder
 from s3lab.models.structures import fit, head_sizes, read_couplings

@@ -121,7 +121,7 @@ def prune(
         problems = {name: Problem(w, moments.get(name), tests.get(name), damp) for name, w in weights.items()}
         found = method.prune(problems, spec, team)
         if refine:
-            return _refine(problems, spec, found, Refine() if refine is True else refine)
+            return _refine(problems, spec, found, Refine() if refine is True else refine, team)
         return _refit(problems, spec, found, team) if refit else found
 
     if damp != "auto":
@@ -138,14 +138,16 @@ def prune(
     return found[ALONE] if isinstance(W, Tensor) else found
 
 
-def _refine(problems: Problems, spec: Pattern, found: dict[str, Solution], refine: Refine) -> dict[str, Solution]:
+def _refine(
+    problems: Problems, spec: Pattern, found: dict[str, Solution], refine: Refine, team: Team
+) -> dict[str, Solution]:
     """Improve the support of a tensor's solution by local search, at the damping that was used."""
     if ALONE not in found:
         raise SolveError(f"{spec} couples tensors: local search takes one tensor at a time; leave refine off")
     first = found[ALONE]
     problem = replace(problems[ALONE], damp=first.stats["damp"])
-    with torch.no_grad(), Meter(first.weight.device) as meter:
-        mask, weight, told = refine(problem, spec.bind(problem.shape), first.mask)
+    with torch.no_grad(), team.united(), Meter(first.weight.device) as meter:
+        mask, weight, told = over_rows(refine, problem, spec.bind(problem.shape), team, first.mask)
     stats = {**first.stats, **told, "time_s": first.stats["time_s"] + meter.time_s}
     return conclude({ALONE: problem}, spec, {ALONE: mask}, {ALONE: weight}, f"{first.solver} + {refine}", stats)
 

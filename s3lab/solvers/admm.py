@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from s3lab.algebra.couple import CoupledPartition
+from s3lab.algebra.coupled import CoupledPartition
 from s3lab.errors import SolveError
 from s3lab.solvers.base import Bound, Problems, Solver
 from s3lab.solvers.refit import Fit, Refit

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from s3lab.algebra import compose
-from s3lab.algebra.couple import Coupled, CoupledPartition
+from s3lab.algebra.couple import Coupled
+from s3lab.algebra.coupled import CoupledPartition
 from s3lab.algebra.spec import Pattern
 from s3lab.algebra.stage import Decide, Stage
 from s3lab.errors import SolveError, SpecError

@@ -57,27 +57,29 @@ class Refine:
         """Return a mask of no higher loss, its exact weights, and how many sweeps and exchanges that took."""
         search = _Search(problem, bound, mask)
         sweeps = 0
-        while sweeps < self.sweeps and bool(search.active.any()):
+        while sweeps < self.sweeps and problem.team.max(float(search.active.any())):
             search.sweep()
             sweeps += 1
-        return search.mask, search.weight, {"sweeps": sweeps, "exchanges": search.exchanges}
+        return search.mask, search.weight, {"sweeps": sweeps, "exchanges": problem.team.total(search.exchanges)}
 
 
 class _Search:
     """A support under way: which components, rows that scopes tie together, may still gain, by how many exchanges."""
 
     def __init__(self, problem: Problem, bound: Bound, mask: Tensor) -> None:
-        if not isinstance(bound, Partition) or bound.lines is not None:
+        stage = Stage.of(bound, problem.weight) if isinstance(bound, Partition) else bound
+        if not isinstance(stage, Stage) or stage.lines is not None:
             raise SolveError(f"{bound.text}: local search exchanges blocks of one view, block and scope, kept by count")
         M, K = problem.shape
-        self.problem, self.part, self.K = problem, bound, K
-        offsets = Stage.of(bound, problem.weight).offsets.sort(-1).values
+        self.problem, self.stage, self.K = problem, stage, K
+        self.keep = stage.B - int(stage.goes[0])
+        offsets = stage.offsets.sort(-1).values
         pieces = int((offsets[0, 0] // K).unique().numel())
-        self.places = offsets.view(bound.S, bound.B, pieces, -1)  # a piece is what a block has in one row
+        self.places = offsets.view(stage.S, stage.B, pieces, -1)  # a piece is what a block has in one row
         self.rows = self.places[..., 0] // K
         if not torch.equal(self.places // K, self.rows[..., None].expand_as(self.places)):
             raise SolveError(f"{bound.text} has blocks with unequal rows: local search needs as many columns in each")
-        labels = link(self.rows.view(bound.S, -1), M)
+        labels = link(self.rows.view(stage.S, -1), M)
         self.component = labels.unique(return_inverse=True)[1]  # of each row
         self.home = self.component[self.rows[:, 0, 0]]  # of each scope
         count = int(self.component.max()) + 1
@@ -121,11 +123,11 @@ class _Search:
 
     def _weigh(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gain of the best exchange of each scope, and the blocks that go and come, (S,) each."""
-        S, B = self.part.S, self.part.B
+        S, B = self.stage.S, self.stage.B
         kept = self.mask.view(-1)[self.places[..., 0, 0]]
         slope = (self.problem.weight - self.weight) @ self.problem.hessian
         cost, worth = slope.new_zeros(S, B), slope.new_zeros(S, B)
-        near = min(_NEAREST, self.part.keep), min(_NEAREST, B - self.part.keep)
+        near = min(_NEAREST, self.keep), min(_NEAREST, B - self.keep)
         alone = bool((self.rows == self.rows[:, :1, :1]).all())  # each scope in one row
         gain = slope.new_full((S,), -torch.inf)
         goes, comes = torch.zeros(2, S, dtype=torch.long, device=slope.device)
@@ -160,6 +162,8 @@ class _Search:
     def _chunks(self) -> tuple[Tensor, ...]:
         """The rows of active components, as many at a time as fit the memory that is meant for them."""
         rows = self.active[self.component].nonzero()[:, 0]
+        if not len(rows):
+            return ()
         device, size = self.mask.device, self.problem.weight.element_size()
         room = free_memory(device) // 4 if device.type == "cuda" else _CPU_ROOM
         return rows.split(max(1, room // (size * 3 * self.K * self.K)))

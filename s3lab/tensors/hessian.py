@@ -57,7 +57,7 @@ class Moment:
 
         All must call it, also one that has seen nothing, whose sum is then on ``device``.
         """
-        self.tokens, K = team.total(self.tokens), int(team.max(0 if self._sum is None else len(self._sum)))
+        self.tokens, K = team.total(self.tokens), int(team.max(0.0 if self._sum is None else float(len(self._sum))))
         if K:
             own = torch.zeros(K, K, dtype=torch.float64, device=device) if self._sum is None else self._sum
             self._sum = team.sum(own)

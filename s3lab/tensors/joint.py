@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s3lab.algebra.couple import CoupledPartition
+from s3lab.algebra.coupled import CoupledPartition
 from s3lab.algebra.stage import Stage
 from s3lab.tensors.problem import Problem
 

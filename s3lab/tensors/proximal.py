@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from s3lab.algebra.couple import CoupledPartition
+from s3lab.algebra.coupled import CoupledPartition
 from s3lab.algebra.partition import Partition
 from s3lab.errors import ShapeError, SolveError, SpecError
 from s3lab.shapes import Float
+
+_CHUNK = 1 << 18  # weights at a time: what is made of them on the way stays in the caches
 
 Blocked = Partition | CoupledPartition
 Weights = TypeVar("Weights", Tensor, Mapping[str, Tensor])
@@ -116,28 +118,36 @@ def soft_threshold_(W: Weights, bound: Blocked, level: float | Tensor, h: Weight
     return _copy(soft_threshold(W, bound, level, h), W)
 
 
-def _shrink(v: Tensor, h: Tensor, level: Tensor) -> Float[Tensor, "S B E"]:
-    """Return the minimiser of each block of v and h (S, B, E) and level (S, B), from the norm that it has.
+def _shrink(v: Float[Tensor, "S B E"], h: Float[Tensor, "S B E"], level: Float[Tensor, "S B"]) -> Tensor:
+    """Return the minimiser of each block (S, B, E): zero where the pull h·v of the metric is no stronger than λ."""
+    out = v.new_zeros(v.shape)
+    count = max(1, _CHUNK // v.shape[-1])
+    for own, metric, limit, found in zip(*(t.flatten(0, 1).split(count) for t in (v, h, level, out)), strict=True):
+        strength = vector_norm(metric * own, dim=-1)
+        alive = strength > limit
+        columns = own[alive].T.contiguous(), metric[alive].T.contiguous()
+        found[alive] = _solve_secular(*columns, limit[alive], strength[alive]).T
+    return out
+
+
+def _solve_secular(
+    v: Float[Tensor, "E n"], h: Float[Tensor, "E n"], level: Float[Tensor, " n"], strength: Float[Tensor, " n"]
+) -> Float[Tensor, "E n"]:
+    """Return the minimisers of blocks that are columns, as sums over few elements are best taken; strength = ‖h·v‖ > λ.
 
     u = h·r/(h·r + λ)·v with r = ‖u‖.  In ν = r/λ this is the secular equation of a trust region, ‖v/(1/h + ν)‖ = λ:
     the inverse of its left side is concave and rises with ν, so that Newton's steps from 0 rise to the root and never
     pass it (Moré & Sorensen, 1983).  In r they allow for λ = 0, and end in one step where h is constant.
     """
-    alive = vector_norm(h * v, dim=-1) > level
-    out = torch.zeros_like(v)
-    v, h, level = v[alive], h[alive], level[alive][:, None]
-    pull = h * v
-    strength = vector_norm(pull, dim=-1, keepdim=True)
-    norm = (strength - level) / (h * (pull / strength) ** 2).sum(-1, keepdim=True)
     tiny, told_apart = torch.finfo(v.dtype).tiny, 1 + 4 * torch.finfo(v.dtype).eps
+    norm = (strength - level) / (h * (h * v / strength).square()).sum(0)
     while True:
         scale = h * norm / (h * norm + level).clamp(min=tiny)
         u = scale * v
-        reached = vector_norm(u, dim=-1, keepdim=True)
-        larger = norm + (reached - norm) / (scale * (u / reached) ** 2).sum(-1, keepdim=True)
+        reached = u.square().sum(0).sqrt()
+        larger = norm + (reached - norm) / (scale * (u / reached).square()).sum(0)
         if not bool((larger > norm * told_apart).any()):
-            out[alive] = u
-            return out
+            return u
         norm = norm.maximum(larger)
 
 

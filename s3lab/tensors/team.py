@@ -74,15 +74,15 @@ class Processes(Team):
 
         self._group = distributed
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        where = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-        self._here = torch.device(where, torch.cuda.current_device() if where == "cuda" else None)
+        on_gpu = distributed.get_backend() == "nccl"
+        self._here = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._parted = False  # whether all know already that one has failed
 
     def wait(self) -> None:
-        self._meet(0)
+        self._meet(0.0)
 
     def total(self, count: int) -> int:
-        return int(sum(self._meet(count)))
+        return int(sum(self._meet(float(count))))
 
     def max(self, value: float) -> float:
         return max(self._meet(value))
@@ -94,7 +94,7 @@ class Processes(Team):
         return total.to(x.device)
 
     def gather(self, rows: Tensor) -> Tensor:
-        counts = [int(count) for count in self._meet(len(rows))]
+        counts = [int(count) for count in self._meet(float(len(rows)))]
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         sent = _as_bytes(padded).to(self._here)
@@ -118,14 +118,14 @@ class Processes(Team):
             self.wait()
         elif not self._parted:
             singular = isinstance(error, torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
-            self._meet(0, _SINGULAR if singular else _LOST)
+            self._meet(0.0, _SINGULAR if singular else _LOST)
 
     def begin(self) -> None:
         """Start afresh, as far as failures go."""
         self._parted = False
 
     def _agree(self, x: Tensor) -> None:
-        if len(set(self._meet(x.numel()))) > 1:
+        if len(set(self._meet(float(x.numel())))) > 1:
             raise SolveError(f"process {self.rank} has a tensor {tuple(x.shape)} where another has one of another size")
 
     def _meet(self, value: float, doing: float = _FINE) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from s3lab.shapes import Float
 
-_ROWS = 32  # of the weight in a program: a line of memory wide, and its tile of 128 columns stays in registers
+_ROWS = 16  # of the weight in a program of 8 warps: its tiles of 128 columns fill 117 registers of a thread (sm_90)
 
 
 def sweep(
@@ -22,7 +22,9 @@ def sweep(
     blocks cost the same but for rounding, the other one may go.
     """
     n, M = V.shape
-    _sweep[(triton.cdiv(M, _ROWS),)](V, U, gone, M, n, U.stride(0), U.stride(1), B, C, keep, _ceil(n), _ROWS)
+    _sweep[(triton.cdiv(M, _ROWS),)](
+        V, U, gone, M, n, U.stride(0), U.stride(1), B, C, keep, _ceil(n), _ROWS, num_warps=8
+    )
 
 
 def _ceil(n: int) -> int:

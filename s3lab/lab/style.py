@@ -1,0 +1,46 @@
+"""How the project's figures look: sizes, colours, marks and fonts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib
+
+COLUMN, PAGE = 3.4, 7.0  # inches: the width of a column and of a page in a two-column paper
+DPI = 200
+# Okabe and Ito's colours for all kinds of colour vision, ordered so that neighbours differ in lightness.
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#000000")
+HATCHES = ("", "////", "....", "xxxx", "----", "++++", "oooo", "****")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":")
+INK = "#222222"
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.axisbelow": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.5,
+    "hatch.linewidth": 0.5,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "savefig.facecolor": "white",
+}
+
+
+def style(more: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
+    """Return the context in which the project's figures are drawn and saved."""
+    settings: Any = _STYLE | dict(more or {})
+    return matplotlib.rc_context(settings)

@@ -3,8 +3,8 @@
     pip install --no-deps sparsekit==0.1.5
     python benchmarks/compare_sobs.py [--size 384 1536] [--size 96 3072] [--repeats 3]
 
-Prints a table for each size, M and K, and appends to benchmarks/results/compare_sobs.csv.  SparseKit is under a non-commercial licence and is
-no dependency of s3lab.
+Prints a table for each size, M and K, and appends to benchmarks/results/compare_sobs.csv.  SparseKit is under a
+non-commercial licence and is no dependency of s3lab.
 """
 
 from __future__ import annotations

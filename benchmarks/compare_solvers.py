@@ -57,11 +57,11 @@ def run_quality(device: str, methods: list[str]) -> Iterator[dict]:
                 yield {"pattern": pattern, **row}
 
 
-def run_speed(device: str, methods: list[str], repeats: int) -> Iterator[dict]:
-    for M, K in tqdm(SIZES, desc="speed"):
+def run_speed(device: str, methods: list[str], repeats: int, sizes: list[tuple[int, int]]) -> Iterator[dict]:
+    for M, K in tqdm(sizes, desc="speed"):
         layer = generate_layer(M, K, 16384, device=device)
         ready = bench.make_methods(layer, "2:4", methods, DAMP) | find_peers(layer.W, layer.H, "2:4", DAMP)
-        yield from ({"pattern": "2:4", **row} for row in bench.measure(ready, layer, repeats))
+        yield from ({"pattern": "2:4", **row} for row in bench.measure(ready, layer, repeats, count=False))
 
 
 def run_scaling(device: str, methods: list[str], repeats: int) -> Iterator[dict]:
@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=["quality", "speed", "scaling", "all"], default="all")
     parser.add_argument("--methods", nargs="+", choices=list(bench.METHODS), default=list(bench.METHODS))
+    parser.add_argument("--inputs", nargs="+", type=int, default=[1536, 3072], help="K of the speed suite")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -95,7 +96,9 @@ def main() -> None:
     }
     suites = {
         "quality": lambda: run_quality(args.device, args.methods),
-        "speed": lambda: run_speed(args.device, args.methods, args.repeats),
+        "speed": lambda: run_speed(
+            args.device, args.methods, args.repeats, [(M, K) for M, K in SIZES if K in args.inputs]
+        ),
         "scaling": lambda: run_scaling(args.device, args.methods, args.repeats),
     }
     for name in suites if args.suite == "all" else [args.suite]:

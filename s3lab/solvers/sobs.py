@@ -21,7 +21,7 @@ from s3lab.tensors.problem import Problem
 _SUBSETS = 70  # of 4:8; scopes with more ways to choose are emptied in rounds
 _ROOM = 2**14  # numbers in the matrices of all choices that a row weighs at once
 _CPU_ROOM = 128 * 2**20
-_PANEL = 128  # columns whose C is formed at once: the matrix products want them wide, their square costs memory
+_PANEL = 96  # columns whose C is formed at once: the matrix products want them wide, their square costs memory
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class _Walk:
         sizes = self.due.unique().tolist()
         self.choices = Choices.of(stage.B, sizes, _SUBSETS, W.device) if weighed else None
         self.fields = make_batches(fields, stage.B, self.choices, _ROOM)
-        self.inverses = [C[field.columns][:, field.columns] for field in fields]
+        self.inverses = [C.index_select(0, f.columns).index_select(1, f.columns) for f in fields]
 
     def run(self) -> Tensor:
         """Return which blocks stay, bool (S, B), and leave in ``dual`` what gives the weights of that."""

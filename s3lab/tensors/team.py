@@ -74,7 +74,7 @@ class Processes(Team):
 
         self._group = distributed
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        on_gpu = distributed.get_backend() == "nccl"
+        on_gpu = "nccl" in distributed.get_backend()
         self._here = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._parted = False  # whether all know already that one has failed
 
@@ -129,14 +129,13 @@ class Processes(Team):
             raise SolveError(f"process {self.rank} has a tensor {tuple(x.shape)} where another has one of another size")
 
     def _meet(self, value: float, doing: float = _FINE) -> list[float]:
-        """Return the values of all; raise if another process has failed and this one has not."""
+        """Return the values of all; raise if another process does worse than this one."""
         own = torch.tensor([doing, value], dtype=torch.float64, device=self._here)
         found = [torch.empty_like(own) for _ in range(self.size)]
         self._group.all_gather(found, own)
         states, values = torch.stack(found).T.tolist()
-        self._parted = any(states)
-        if self._parted and doing == _FINE:
-            worst = states.index(max(states))
+        self._parted, worst = any(states), states.index(max(states))
+        if states[worst] > doing:
             if states[worst] == _SINGULAR:
                 raise torch.linalg.LinAlgError(f"a factorisation failed in process {worst}")  # pyright: ignore[reportPrivateImportUsage]
             raise SolveError(f"process {worst} of {self.size} could not go on: its own error says why")
@@ -191,7 +190,7 @@ def assemble(distributed: bool, device: str = "cpu") -> Iterator[tuple[Team, str
         return
     if missing := {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         raise SolveError(
-            f"{', '.join(sorted(missing))} are not set, as torchrun does: start with torchrun --nproc-per-node 2 -m …"
+            f"{', '.join(sorted(missing))} are not set, as torchrun does: start with torchrun --nproc-per-node 2"
         )
     cuda = torch.device(device).type == "cuda"
     if cuda:

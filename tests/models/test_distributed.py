@@ -26,7 +26,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 
 RUNS = {
     "admm": ("Qwen3", {"spec": "2:4", "solver": "admm"}),
     "mixed": ("Qwen3", {"spec": ["mlp-channels keep 50%", "50%/row"], "solver": "sobs", "hessians": "dense"}),
-    "experts": ("Qwen3Moe", {"spec": "2:4", "solver": "sparsegpt", "min_tokens": 24, "held_out": 0.0}),
+    "experts": ("Qwen3Moe", {"spec": "2:4", "solver": "sparsegpt", "min_tokens": 40, "held_out": 0.0}),
 }
 
 
@@ -53,6 +53,13 @@ def prune(name, seed=0, **options):
 def matrices(run):
     found = find_decoder(run.model).matrices
     return {name: matrix.weight.contiguous() for layer in found for name, matrix in layer.items()}
+
+
+def alike(row, like):
+    """Whether the figures of two runs, times and memory aside, are those of one to rounding."""
+    assert row.keys() == like.keys()
+    near = {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for key, value in like.items()}
+    return all(row[key] == near[key] for key in row.keys() - {"time_s", "mem_mib"})
 
 
 class Stop(Exception):
@@ -123,18 +130,16 @@ def test_two_processes_prune_a_model_as_one_does(alone, out, name):
     for rank in range(2):
         figures = told(out, rank)
         for row, like in zip(figures["rows"][name], expected.matrices, strict=True):
-            assert row.keys() == like.keys()
-            for key in row.keys() - {"time_s", "mem_mib"}:
-                figure = isinstance(like[key], float)
-                assert row[key] == (pytest.approx(like[key], rel=1e-5) if figure else like[key])
+            assert alike(row, like)
         for row, like in zip(figures["layers"][name], expected.layers, strict=True):
-            assert row["output_error"] == pytest.approx(like["output_error"], rel=1e-5)
-            assert row["output_error_test"] == pytest.approx(like["output_error_test"], rel=1e-5)
+            assert alike(row, like)
 
 
-def test_experts_that_only_one_process_met_count_the_tokens_of_all(alone):
-    notes = [row["note"] for row in alone["experts"].matrices]
-    assert any("left dense" in note for note in notes) and any(not note for note in notes)
+def test_an_expert_has_the_tokens_that_it_met_in_all_processes(alone):
+    """Two processes leave dense what one does: some experts, though in half of the sequences no expert met enough."""
+    experts = [row for row in alone["experts"].matrices if "expert" in row["name"]]
+    assert {"left dense" in row["note"] for row in experts} == {True, False}
+    assert any(40 <= row["tokens"] < 80 for row in experts)
 
 
 def test_a_run_broken_off_in_one_process_ends_in_all_and_goes_on_with_any_number(alone, out):

@@ -37,7 +37,7 @@ install:
 	else $(MAKE) --no-print-directory $(STAMP); fi
 
 reproduce: install
-	@$(BIN)/s3lab reproduce $(NOTEBOOKS) --profile $(PROFILE)
+	@$(BIN)/s3lab reproduce $(NOTEBOOKS) --profile $(PROFILE) --force
 
 test: install
 	@$(BIN)/python -m pytest --nbval-lax $(ARGS)

@@ -1,143 +1,91 @@
-"""The command line: ``s3lab reproduce | prune | eval``."""
+"""The command line: ``s3lab show | check | reproduce | prune | eval``."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-from s3lab import __version__
 from s3lab.errors import DataError, S3Error
+from s3lab.lab.options import make_parser
 
-_REPRODUCE = """\
-Run the notebooks of a profile and leave their tables, figures and records in a folder.
-
-The quick profile takes minutes and needs neither a GPU nor a network; the paper profile takes the paper's
-sizes and a CUDA device.  A profile is a YAML file, {notebook: {parameter: value}}; an unknown notebook or
-parameter is an error before anything runs.  Executed notebooks are kept in FOLDER/runs/, with the traceback
-where one failed; a failed one does not stop the others.
-"""
-_EXAMPLES = """\
-examples:
-  s3lab reproduce                                  every notebook of the quick profile
-  s3lab reproduce 01 02                            these two, by number
-  s3lab reproduce 02 --profile paper               Table 1 at the paper's size
-  s3lab reproduce --profile mine.yaml --out mine   your own parameters, your own folder
-
-exit status: 0 all notebooks ran, 1 one or more failed, 2 wrong usage
-"""
-_PRUNE = """\
-Prune a causal language model decoder layer by decoder layer and save it where transformers can load it.
-
-MODEL is "reference" for the small model that ships with s3lab, the folder of a saved model, or a model of the
-Hugging Face hub.  After each decoder layer the run is saved in FOLDER/run: the same command goes on after a crash.
-FOLDER then holds the model, its card README.md, and all figures in s3lab.json.
-"""
-_PRUNE_EXAMPLES = """\
-examples:
-  s3lab prune reference --spec 2:4 --solver sobs --out pruned
-  s3lab prune my-model --spec '*.mlp.*=2:4' --spec '*.o_proj=8:16' --spec '*=dense' --out pruned
-  s3lab prune Qwen/Qwen3-1.7B --spec 2:4 --calibration c4 --sequences 1024 --length 1024 --device cuda --out pruned
-
-A spec or solver of the form GLOB=VALUE is for the matrices whose names match; the first that matches counts.
-"""
-_EVAL = """\
-Measure the perplexity of a causal language model per token, word and byte, and lm_eval tasks if any are named.
-
-MODEL is as in `s3lab prune`.  Each token is scored once, with at least LENGTH − STRIDE tokens before it.
-"""
+_WIDE = 200
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name and return the exit status: 0, or 1 and 2 as its help says."""
-    options = _parser().parse_args(arguments)
+    """Run the command that the arguments name and return the exit status: 0, or 1 and 2 as its help says.
+
+    An interrupt is 130, as in a shell.
+    """
+    commands = {"show": _show, "check": _check, "reproduce": _reproduce, "prune": _prune, "eval": _eval}
     try:
+        options = make_parser(commands).parse_args(arguments)
         return options.run(options)
     except S3Error as error:
         print(f"s3lab: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ns3lab: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as in `s3lab show --list | head`: what is left to say goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="s3lab", description="Structured sparsity as a layout.")
-    parser.add_argument("--version", action="version", version=f"s3lab {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    reproduce = commands.add_parser(
-        "reproduce",
-        help="run the notebooks of a profile; see s3lab reproduce --help",
-        description=_REPRODUCE,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    reproduce.add_argument(
-        "names", nargs="*", metavar="NAME", help="notebooks, by number or name (default: all of the profile)"
-    )
-    reproduce.add_argument("--profile", default="quick", help="quick, paper, or a YAML file (default: quick)")
-    reproduce.add_argument("--out", default="figures", metavar="FOLDER", help="for the results (default: figures)")
-    reproduce.set_defaults(run=_reproduce)
-    _add_prune(commands)
-    _add_eval(commands)
-    return parser
+def _show(options: argparse.Namespace) -> int:
+    _need("rich", "matplotlib")
+    from rich.console import Console
+
+    from s3lab.algebra.patterns import parse
+    from s3lab.lab import terminal
+
+    # Where the output goes to a file, or to another program, nothing is cut.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _WIDE)
+    if options.list:
+        console.print(terminal.list_patterns())
+        return 0
+    if options.spec is None:
+        raise DataError("tell a spec to show, such as 2:4, or --list")
+    bound = terminal.bind(parse(options.spec), _read_shapes(options.shape))
+    pictures = terminal.project(bound, options.seed)
+    if options.out:
+        terminal.save(pictures, bound.text, Path(options.out))
+        print(options.out)
+        return 0
+    console.print(terminal.describe(bound), soft_wrap=True)
+    for picture in pictures:
+        console.print(f"\n{picture.title}" if picture.title else "")
+        console.print(terminal.draw(picture, console.width, console.options.ascii_only), soft_wrap=True)
+    console.print(f"\n{terminal.LEGEND}", style="dim", soft_wrap=True)
+    return 0
 
 
-def _add_prune(commands: argparse._SubParsersAction) -> None:
-    prune = commands.add_parser(
-        "prune",
-        help="prune a language model; see s3lab prune --help",
-        description=_PRUNE,
-        epilog=_PRUNE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    prune.add_argument("model", metavar="MODEL")
-    prune.add_argument(
-        "--spec", action="append", required=True, metavar="SPEC", help="such as 2:4, or GLOB=SPEC, repeated"
-    )
-    prune.add_argument(
-        "--solver", action="append", metavar="NAME", help="sobs, sparsegpt, …, or GLOB=NAME (default: sobs)"
-    )
-    prune.add_argument("--calibration", default="stdlib", metavar="TEXT", help="stdlib, a text file, c4, or wikitext")
-    prune.add_argument("--sequences", type=int, default=128, metavar="N", help="of calibration text (default: 128)")
-    prune.add_argument("--length", type=int, default=256, metavar="N", help="tokens in a sequence (default: 256)")
-    prune.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the sequences (default: 0.1)")
-    prune.add_argument("--damp", type=float, default=1e-2, help="share of the mean diagonal (default: 0.01)")
-    prune.add_argument("--refit", action="store_true", help="fit the kept weights exactly after the solver")
-    prune.add_argument("--hessians", choices=("pruned", "dense"), default="pruned", help="of which model's inputs")
-    prune.add_argument("--batch", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
-    prune.add_argument("--seed", type=int, default=0)
-    prune.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    prune.add_argument("--dtype", default="auto", help="of the weights (default: as they were saved)")
-    prune.add_argument("--out", required=True, metavar="FOLDER", help="for the run and the pruned model")
-    prune.set_defaults(run=_prune)
+def _check(options: argparse.Namespace) -> int:
+    from s3lab.lab import host
 
-
-def _add_eval(commands: argparse._SubParsersAction) -> None:
-    measure = commands.add_parser(
-        "eval",
-        help="measure a language model; see s3lab eval --help",
-        description=_EVAL,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    measure.add_argument("model", metavar="MODEL")
-    measure.add_argument("--text", default="stdlib", help="stdlib, a text file, c4, or wikitext (default: stdlib)")
-    measure.add_argument("--documents", type=int, metavar="N", help="the first so many (default: all)")
-    measure.add_argument("--length", type=int, default=256, metavar="N", help="tokens in a window (default: 256)")
-    measure.add_argument("--stride", type=int, metavar="N", help="tokens scored in a window (default: all)")
-    measure.add_argument("--batch", type=int, default=8, metavar="N", help="windows at a time (default: 8)")
-    measure.add_argument("--tasks", nargs="*", default=[], metavar="NAME", help="tasks of lm_eval, such as wikitext")
-    measure.add_argument("--seed", type=int, default=0, help="of the order in which the hub's text is read")
-    measure.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    measure.add_argument("--dtype", default="auto", help="of the weights (default: as they were saved)")
-    measure.set_defaults(run=_eval)
+    findings = host.check()
+    print(host.report(findings))
+    return int(not host.works(findings))
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    _need("papermill", "matplotlib", "pandas")
+    _need("papermill", "matplotlib", "pandas", *(["distributed"] if options.dask else []))
     from s3lab.lab.reproduce import reproduce, summarise
 
-    outcomes = reproduce(options.names, options.profile, options.out)
+    outcomes = reproduce(
+        options.names,
+        options.profile,
+        options.out,
+        values=options.set,
+        grid=options.grid,
+        workers=options.jobs,
+        dask=options.dask,
+        force=options.force,
+    )
     print(summarise(outcomes, options.out))
     return int(any(outcome.error for outcome in outcomes))
 
@@ -147,27 +95,32 @@ def _prune(options: argparse.Namespace) -> int:
     from s3lab.models.checkpoint import save_pruned
     from s3lab.models.pretrained import load_model
     from s3lab.models.sequential import prune_model
+    from s3lab.tensors.team import assemble
 
-    model, tokenizer = load_model(options.model, options.dtype)
-    run = prune_model(
-        model,
-        tokenizer,
-        _read_table(options.spec),
-        _read_table(options.solver or ["sobs"]),
-        calibration=options.calibration,
-        sequences=options.sequences,
-        length=options.length,
-        damp=options.damp,
-        refit=options.refit,
-        held_out=options.held_out,
-        hessians=options.hessians,
-        batch=options.batch,
-        seed=options.seed,
-        device=options.device,
-        out=Path(options.out) / "run",
-        provenance={"model": options.model, "text": options.calibration},
-    )
-    save_pruned(model, tokenizer, options.out, run)
+    with assemble(options.distributed, options.device) as (team, device):
+        model, tokenizer = load_model(options.model, options.dtype)
+        run = prune_model(
+            model,
+            tokenizer,
+            _read_table(options.spec),
+            _read_table(options.solver or ["sobs"]),
+            calibration=options.calibration,
+            sequences=options.sequences,
+            length=options.length,
+            damp=options.damp,
+            refit=options.refit,
+            held_out=options.held_out,
+            hessians=options.hessians,
+            batch=options.batch,
+            seed=options.seed,
+            device=device,
+            out=Path(options.out) / "run",
+            provenance={"model": options.model, "text": options.calibration},
+            distributed=team,
+        )
+        if team.rank > 0:
+            return 0
+        save_pruned(model, tokenizer, options.out, run)
     errors = [row["error"] for row in run.matrices if row["error"] is not None]
     error = f"{sum(errors) / len(errors):.2%}" if errors else "none"
     print(f"kept {run.density:.1%} of {len(run.matrices)} matrices, mean error {error}: {options.out}")
@@ -189,6 +142,18 @@ def _eval(options: argparse.Namespace) -> int:
     for name, value in figures.items():
         print(f"{name.replace('_', ' '):<32} {value:.6g}")
     return 0
+
+
+def _read_shapes(texts: Sequence[str] | None) -> dict[str, tuple[int, int]] | tuple[int, int] | None:
+    """Return (M, K) from MxK, {name: (M, K)} from NAME=MxK, None from nothing; DataError for anything else."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for text in texts or ():
+        name, _, extents = text.rpartition("=")
+        M, _, K = extents.replace("×", "x").partition("x")
+        if not (M.isdecimal() and K.isdecimal()) or name in shapes:
+            raise DataError(f"--shape {text} is no shape, or one too many: write 8x16, or NAME=8x16 for each weight")
+        shapes[name] = (int(M), int(K))
+    return shapes[""] if len(shapes) == 1 and "" in shapes else shapes or None
 
 
 def _read_table(values: Sequence[str]) -> dict[str, str]:

@@ -6,46 +6,20 @@ their defaults.  A notebook with a list of such sets of values runs once for eac
 
 from __future__ import annotations
 
-import ast
-import json
-import os
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
-import nbformat
-import papermill
 import yaml
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-from tqdm import tqdm
-from traitlets.config import Config
 
 from s3lab.errors import DataError
-from s3lab.lab.record import FIGURES
+from s3lab.lab.grid import as_name, points, read_assignments, read_value
+from s3lab.lab.job import Job, Outcome
+from s3lab.lab.notebook import read_parameters
+from s3lab.lab.schedule import run_all
 
-
-@dataclass(frozen=True)
-class Job:
-    """One notebook to run, with the parameters that a profile sets, and what the run is called."""
-
-    notebook: Path
-    parameters: dict[str, Any]
-    name: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a job: the files it made, its seconds, and the last line of its error, if it failed."""
-
-    job: Job
-    made: tuple[Path, ...]
-    time_s: float
-    error: str | None
+Sets = list[dict[str, Any]]
 
 
 def reproduce(
@@ -53,51 +27,75 @@ def reproduce(
     profile: str = "quick",
     out: str | Path = "figures",
     notebooks: str | Path = "notebooks",
+    values: Iterable[str] = (),
+    grid: Iterable[str] = (),
+    workers: int = 1,
+    dask: str | None = None,
+    force: bool = False,
     progress: TextIO | None = None,
 ) -> list[Outcome]:
-    """Run the notebooks of a profile in the order of their numbers; return an outcome for each.
+    """Run the notebooks of a profile in their order of dependence; return an outcome for each, in that of numbers.
 
     Tables, figures and records go to ``out``, the executed notebooks to ``out/runs``, a failed one with its
-    traceback; it does not stop the others.  Raises DataError for an unknown notebook, profile or parameter,
-    before anything runs.
+    traceback; it stops only those that read its tables.  What is up to date is skipped unless ``force``.  ``values``
+    and ``grid`` are as in `plan`; ``workers`` and ``dask`` as in `s3lab.lab.schedule.run_all`.  Raises DataError for
+    an unknown notebook, profile or parameter, before anything runs.
     """
-    jobs = plan(names, profile, notebooks)
-    out = Path(out).resolve()
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    cells = {job.name: count_cells(job.notebook) for job in jobs}
-    outcomes: list[Outcome] = []
-    # Threads that spin while they wait slow each other down a hundredfold on a machine that is shared.
-    surroundings = {FIGURES: str(out), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
-    with _surround(**surroundings), tqdm(total=sum(cells.values()), unit="cell", file=progress) as bar:
-        for job in jobs:
-            bar.set_description(job.name)
-            after = bar.n + cells[job.name]
-            outcomes.append(_run(job, out, bar))
-            bar.update(after - bar.n)
-    return outcomes
+    jobs = plan(names, profile, notebooks, values, grid)
+    return run_all(jobs, Path(out).resolve(), workers, dask, force, progress)
 
 
-def plan(names: Iterable[str], profile: str, notebooks: str | Path) -> list[Job]:
-    """Return the jobs of a profile, or those named, checked: every notebook and every parameter is there."""
+def plan(
+    names: Iterable[str],
+    profile: str,
+    notebooks: str | Path,
+    values: Iterable[str] = (),
+    grid: Iterable[str] = (),
+) -> list[Job]:
+    """Return the jobs of a profile, or those named, checked: every notebook and every parameter is there.
+
+    ``values``, each ``name=value``, set a parameter of all notebooks that have it.  ``grid``, each
+    ``name=value,value,…``, makes a job of each notebook that has all its names for each combination; it goes to a
+    folder of its own, and its parameter ``name``, if nothing else sets it, tells the point.  A parameter that is set
+    here takes the place of a list of sets that differ in it: what they have in common is left.
+
+    A job whose parameter ``runs`` holds the parameter ``name`` of another reads that one's tables, and needs it.
+    """
     folder = Path(notebooks)
     there = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not there:
         raise DataError(f"no notebooks in {folder}/: run this at the root of the repository")
     settings = read_profile(profile, folder)
-    for name, sets in settings.items():
-        if name not in there:
-            raise DataError(f"profile {profile}: no notebook {name}; there are {', '.join(there)}")
-        known = read_parameters(there[name])
-        if unknown := ", ".join(key for values in sets for key in values if key not in known):
-            raise DataError(f"profile {profile}: {name} has no parameter {unknown}; it has {', '.join(known)}")
-    chosen = {_find(name, there) for name in names} or set(settings)
+    if unknown := next((name for name in settings if name not in there), None):
+        raise DataError(f"profile {profile}: no notebook {unknown}; there are {', '.join(there)}")
+    named = {_find(name, there) for name in names}
+    chosen = [name for name in there if name in (named or settings)]
     if not chosen:
         raise DataError(f"profile {profile} names no notebook: there are {', '.join(there)}")
+    known = {name: read_parameters(there[name]) for name in {*settings, *chosen}}
+    for name, sets in settings.items():
+        _check(name, sets, known[name], f"profile {profile}")
+    given, axes = read_assignments(values, "--set"), read_assignments(grid, "--grid")
+    if lacking := [name for name in chosen if not axes.keys() <= known[name].keys()]:
+        chosen = [name for name in chosen if name not in lacking]
+        if named or not chosen:
+            lost = ", ".join(axes.keys() - known[lacking[0]].keys())
+            raise DataError(f"--grid: {lacking[0]} has no parameter {lost}; it has {', '.join(known[lacking[0]])}")
+    for name in given:
+        if not any(name in known[notebook] for notebook in chosen):
+            raise DataError(f"--set: none of {', '.join(chosen)} has a parameter {name}")
     jobs = []
-    for name, path in there.items():
-        sets = settings.get(name, [{}]) if name in chosen else []
-        jobs += [Job(path, v, name if len(sets) == 1 else f"{name}-{i}") for i, v in enumerate(sets, 1)]
-    return jobs
+    for name in chosen:
+        own = {key: value for key, value in given.items() if key in known[name]}
+        sets = _without(settings.get(name, [{}]), {*own, *axes})
+        for point, coordinates in points(axes):
+            told = {"name": as_name(coordinates)} if point and "name" in known[name] else {}
+            texts = own | coordinates
+            set_here = {key: read_value(text, known[name][key]) for key, text in texts.items()}
+            for i, one in enumerate(sets, 1):
+                number = "" if len(sets) == 1 else f"-{i}"
+                jobs.append(Job(there[name], told | one | set_here, name + number + (point and f"@{point}"), point))
+    return _with_needs(jobs, known)
 
 
 def read_profile(profile: str, notebooks: Path) -> dict[str, list[dict[str, Any]]]:
@@ -123,27 +121,6 @@ def read_profile(profile: str, notebooks: Path) -> dict[str, list[dict[str, Any]
     return {name: [values or {} for values in each] for name, each in sets.items()}
 
 
-def read_parameters(notebook: Path) -> dict[str, Any]:
-    """Return the names and default values of a notebook's parameters cell; DataError if there is none."""
-    cells = nbformat.read(notebook, as_version=4).cells
-    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(tagged) != 1:
-        raise DataError(f"{notebook} has {len(tagged)} cells tagged 'parameters': tag exactly one")
-    values = {}
-    for line in tagged[0].source.splitlines():
-        try:
-            assignment = ast.parse(line).body
-            values |= {step.targets[0].id: ast.literal_eval(step.value) for step in assignment}
-        except (SyntaxError, AttributeError, ValueError):
-            raise DataError(f"{notebook}: {line!r} in the parameters cell is no `name = literal`") from None
-    return values
-
-
-def count_cells(notebook: Path) -> int:
-    """Return how many cells of a notebook hold code."""
-    return sum(cell.cell_type == "code" for cell in nbformat.read(notebook, as_version=4).cells)
-
-
 def summarise(outcomes: Iterable[Outcome], out: str | Path) -> str:
     """Return the report of a run, a line for each notebook: what was made, how long it took, what failed.
 
@@ -162,40 +139,53 @@ def summarise(outcomes: Iterable[Outcome], out: str | Path) -> str:
             made.setdefault(path.stem, []).append(path.suffix)
         files = ", ".join(f"{stem} ({' '.join(suffixes)})" for stem, suffixes in made.items())
         what = f"FAILED: {outcome.error}" if outcome.error else files or "no files"
-        lines.append(f"{outcome.job.name:<{wide}}  {outcome.time_s:6.1f} s  {what}")
-    ran = sum(outcome.error is None for outcome in outcomes)
-    files = sum(len(outcome.made) for outcome in outcomes)
+        spent = "up to date" if outcome.skipped else f"{outcome.time_s:6.1f} s"
+        lines.append(f"{outcome.job.name:<{wide}}  {spent:>8}  {what}")
+    ran = [outcome for outcome in outcomes if not outcome.error and not outcome.skipped]
+    skipped = sum(outcome.skipped for outcome in outcomes)
+    files = sum(len(outcome.made) for outcome in outcomes if not outcome.skipped)
     seconds = sum(outcome.time_s for outcome in outcomes)
-    lines.append(f"{ran} of {len(outcomes)} notebooks ran in {seconds:.0f} s; files made in {out}/: {files}")
+    told = f"; up to date, and left: {skipped}" if skipped else ""
+    lines.append(f"{len(ran)} of {len(outcomes)} notebooks ran in {seconds:.0f} s{told}; files made in {out}/: {files}")
     lines.append(f"the executed notebooks are in {out}/runs/")
     return "\n".join(lines)
 
 
-def _run(job: Job, out: Path, bar: tqdm) -> Outcome:
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
-    began, error = time.perf_counter(), None
-    try:
-        # The kernel listens on files of its user's, not on ports that everyone on the machine can reach.
-        with TemporaryDirectory(prefix="s3lab-") as folder:
-            papermill.execute_notebook(
-                job.notebook.resolve(),
-                out / "runs" / f"{job.name}.ipynb",
-                job.parameters,
-                cwd=job.notebook.parent.resolve(),
-                progress_bar=False,
-                on_cell_executed=lambda **_: bar.update(1),
-                config=Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"}),
+def _check(notebook: str, sets: Sets, known: Mapping[str, Any], whose: str) -> None:
+    """Raise DataError for a value that the notebook has no parameter for, or that YAML took for no text."""
+    for name, value in ((name, value) for one in sets for name, value in one.items()):
+        if name not in known:
+            raise DataError(f"{whose}: {notebook} has no parameter {name}; it has {', '.join(known)}")
+        if isinstance(known[name], str) and not isinstance(value, str | None):
+            raise DataError(
+                f"{whose}: {name} of {notebook} is a text, and YAML reads {value!r} there, as it does for a bare 2:4: "
+                f"put the text in quotes"
             )
-    except PapermillExecutionError as failure:
-        error = f"{failure.ename}: {failure.evalue}".splitlines()[0]
-    except DeadKernelError:
-        error = "its kernel died, most often for want of memory"
-    time_s = time.perf_counter() - began
-    records = [path for path in sorted(out.glob("*.json")) if before.get(path) != path.stat().st_mtime_ns]
-    made = (
-        file for record in records for file in [record, *(out / f for f in json.loads(record.read_text())["sha256"])]
-    )
-    return Outcome(job, tuple(sorted(made)), time_s, error)
+
+
+def _without(sets: Sets, names: set[str]) -> Sets:
+    """Return sets of values that do not differ in these names: themselves, or the one that they have in common."""
+    if all(one.get(name) == sets[0].get(name) for one in sets for name in names):
+        return sets
+    return [{key: value for key, value in sets[0].items() if all(one.get(key) == value for one in sets)}]
+
+
+def _with_needs(jobs: list[Job], known: Mapping[str, Mapping[str, Any]]) -> list[Job]:
+    """Return the jobs with the names of those whose tables they read, at their own point of a grid."""
+    full = {job.name: {**known[job.notebook.stem], **job.parameters} for job in jobs}
+    return [
+        replace(
+            job,
+            needs=tuple(
+                other.name
+                for other in jobs
+                if other.point == job.point
+                and other is not job
+                and full[other.name].get("name", "") in (full[job.name].get("runs") or ())
+            ),
+        )
+        for job in jobs
+    ]
 
 
 def _find(name: str, there: dict[str, Path]) -> str:
@@ -205,15 +195,3 @@ def _find(name: str, there: dict[str, Path]) -> str:
     if len(found) != 1:
         raise DataError(f"no notebook {name}: there are {', '.join(there)}, to be named in full or by number")
     return found[0]
-
-
-@contextmanager
-def _surround(**variables: str) -> Iterator[None]:
-    """Give the kernels started inside these environment variables."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})

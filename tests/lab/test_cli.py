@@ -1,10 +1,11 @@
-"""`s3lab prune` and `s3lab eval` on a tiny saved model, and what they say when they cannot."""
+"""The commands on tiny things, what they say when they cannot, and how they help."""
 
 import json
 
 import pytest
 import torch
 
+from s3lab import PATTERNS
 from s3lab.lab import cli
 from s3lab.models.pretrained import load_model
 
@@ -71,3 +72,73 @@ def test_what_cannot_be_done_is_said_in_a_sentence(tiny, tmp_path, capsys, argum
     assert cli.main([names.get(argument, argument) for argument in arguments]) == 2
     told = capsys.readouterr()
     assert "\ns3lab: " in f"\n{told.err}" and message in told.err and "Traceback" not in told.err and not told.out
+
+
+def test_show_draws_with_its_facts_and_a_legend(capsys):
+    assert cli.main(["show", "coupled-2:4", "--shape", "2x16"]) == 0
+    told = capsys.readouterr().out
+    assert "on 2×16: 50% kept" in told
+    assert "4 scopes of 4 blocks of 2 weights" in told and "· pruned" in told and "\x1b" not in told
+
+
+def test_show_draws_the_weights_of_a_coupling(capsys):
+    shapes = ["--shape", "down=4x8", "--shape", "up=8×6"]
+    assert cli.main(["show", "down: (M,1) & up: (1,K) follows keep 75%", *shapes]) == 0
+    told = capsys.readouterr().out
+    assert "down leads" in told and "up follows" in told
+
+
+def test_show_lists_the_named_patterns(capsys):
+    assert cli.main(["show", "--list"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"\n{name} " in told for name in PATTERNS)
+
+
+def test_show_writes_a_file(tmp_path, capsys):
+    assert cli.main(["show", "2:4", "--out", str(tmp_path / "a.svg")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a.svg") and (tmp_path / "a.svg").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "tell a spec to show"),
+        (["2;4"], "cannot read the spec at column 2"),
+        (["2:4", "--shape", "8"], "--shape 8 is no shape"),
+        (["2:4", "--shape", "8x16", "--shape", "8x16"], "one too many"),
+        (["2:4", "--shape", "8x15"], "leaves a remainder"),
+        (["2:4", "--shape", "a=8x16"], "of one weight"),
+        (["2:4", "--out", "a.pdf"], "drawn as .png or .svg"),
+    ],
+)
+def test_show_refuses_in_a_sentence(arguments, message, capsys):
+    assert cli.main(["show", *arguments]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and not told.out
+
+
+@pytest.mark.parametrize("command", ["show", "check", "reproduce", "prune", "eval"])
+def test_every_command_tells_how_it_is_used(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    told = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "exit status" in told if command == "check" else f"  s3lab {command} " in told.partition("examples:")[2]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_learns_to_complete(shell, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--print-completion", shell])
+    told = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(word in told for word in ("show", "check", "reproduce", "profile", "grid"))
+
+
+def test_an_interrupt_ends_with_the_shell_s_own_status(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_check", interrupt)
+    assert cli.main(["check"]) == 130
+    assert "interrupted" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def sums(draw):
 
 @st.composite
 def couplings(draw):
-    """Columns or tiles of one tensor with rows or tiles of others, groups with a budget of their own or a common one."""
+    """Tiles of one tensor with tiles of another, and groups of such with one budget."""
     groups = []
     for number in range(draw(st.integers(1, 2))):
         tile = draw(POWERS), draw(POWERS)

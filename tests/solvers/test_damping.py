@@ -16,7 +16,7 @@ def parts(tokens_per_input, K=64, M=32, seed=0):
         return s3.hessian(torch.randn(count, K, generator=generator) @ mix.T)
 
     tokens = int(tokens_per_input * K)
-    return torch.randn(M, K, generator=generator), moment(tokens), moment(max(16, tokens // 2)), moment(64 * K)
+    return torch.randn(M, K, generator=generator), moment(tokens), moment(max(K, tokens // 2)), moment(64 * K)
 
 
 @pytest.mark.parametrize("solver", ["sparsegpt", "admm"])

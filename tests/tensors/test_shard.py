@@ -57,7 +57,7 @@ def solve(**options):
 
 @dataclass(frozen=True)
 class Stumbling(ScoreSolver):
-    """Fails in the second process: by a factorisation, until the damping is 0.1, or for good, when the first may, too."""
+    """Fails in the second process: by a factorisation, until the damping is 0.1, or for good."""
 
     for_good: bool = False
     both: bool = False

@@ -126,6 +126,8 @@ def tradeoff(
             ax.set_xscale("log")
             ax.grid(True)
         _legend(fig, axes, hue)
+        for ax in axes:
+            ax.tick_params(labelleft=True)  # each has a scale of its own
     return fig
 
 

@@ -98,7 +98,7 @@ def mark_frontier(df: DataFrame, cost: str, loss: str, by: Sequence[str]) -> Dat
     >>> mark_frontier(table, "time", "error", ["group"])["frontier"].tolist()
     [True, False, True]
     """
-    ordered = df.sort_values([*by, cost, loss])
+    ordered = df.sort_values([*by, cost, loss]).astype({loss: float})
     least_before = ordered.groupby(list(by))[loss].transform(lambda values: values.cummin().shift(fill_value=np.inf))
     return df.assign(frontier=ordered[loss] < least_before)
 

@@ -295,7 +295,7 @@ def test_a_finished_run_is_read_and_a_spoilt_one_finished_again(make_tiny, ids, 
     ("change", "named"),
     [
         ({"spec": "1:4"}, r"spec is \{'\*': '2:4'\} there, \{'\*': '1:4'\} here"),
-        ({"solver": "wanda"}, "solver is .*SOBS.* there, .*Wanda.* here"),
+        ({"solver": "wanda"}, "solver is .*ADMM.* there, .*Wanda.* here"),
         ({"damp": 0.1}, "damp is 0.01 there, 0.1 here"),
         ({"seed": 1}, "seed is 0 there"),
         ({"batch": 3}, "batch is 4 there"),

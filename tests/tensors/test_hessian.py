@@ -85,7 +85,7 @@ def test_tabulate_gathers_by_key(keys):
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.data())
 def test_share_is_exact_and_fits(counts, data):
     total = data.draw(st.integers(0, sum(counts)))
-    parts = share(total, torch.tensor([counts]))[0].tolist()
+    parts = share(torch.tensor([total]), torch.tensor([counts]))[0].tolist()
     assert sum(parts) == total and all(0 <= p <= n for p, n in zip(parts, counts, strict=True))
 
 

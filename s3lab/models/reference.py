@@ -78,7 +78,11 @@ class Recipe:
 
 
 _TOY = Recipe(vocab=512, hidden=64, layers=2, intermediate=128, head_dim=16, length=64)
-RECIPES = {"toy": replace(_TOY, steps=60, batch=16, lr=1e-2, every=10), "reference": Recipe()}
+RECIPES = {
+    "toy": replace(_TOY, steps=60, batch=16, lr=1e-2, every=10),
+    "small": Recipe(hidden=192, intermediate=576, head_dim=48),  # near the bytes of the reference model at 8:16
+    "reference": Recipe(),
+}
 
 
 def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -8,7 +8,21 @@ from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.algebra.spec import Block, Pattern, Scope, Spec, View
 from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
 from s3lab.models.sequential import prune_model
-from s3lab.solvers import ADMM, OBD, SOBS, SOLVERS, Magnitude, Refine, Refit, Solution, SparseGPT, Wanda, prune
+from s3lab.solvers import (
+    ADMM,
+    OBD,
+    RIA,
+    SOBS,
+    SOLVERS,
+    Magnitude,
+    MatchVariance,
+    Refine,
+    Refit,
+    Solution,
+    SparseGPT,
+    Wanda,
+    prune,
+)
 from s3lab.tensors.hessian import Moment, hessian, output_error
 from s3lab.tensors.problem import Problem
 
@@ -16,6 +30,7 @@ __all__ = [
     "ADMM",
     "OBD",
     "PATTERNS",
+    "RIA",
     "SOBS",
     "SOLVERS",
     "Block",
@@ -24,6 +39,7 @@ __all__ = [
     "Group",
     "Layout",
     "Magnitude",
+    "MatchVariance",
     "Member",
     "Moment",
     "Partition",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
@@ -60,7 +60,8 @@ class Plus(Pattern):
     """``main plus salient``: the blocks that ``salient`` keeps stay in full, ``main`` is applied to the rest.
 
     A scope of ``main`` keeps as many blocks as ever among those that are not salient, and all of them where fewer are
-    left.  ``salient`` picks by what the removal of a block alone would cost, whatever the solver.
+    left.  Salient blocks are those of the highest score, of a solver that scores, and otherwise
+    those whose removal alone would cost the most; ``salient=`` of `prune` has them picked by any score.
 
     Source: structured salient weights, arXiv 2507.03052; tiles dense or 2:4 (PATCH) are ``2:4 plus 50%@128x128``.
 
@@ -189,11 +190,15 @@ class Nested(Composed):
 
 @dataclass(frozen=True)
 class Salient(Composed):
-    """`Plus` on a weight: ``salient`` says what is kept in full, ``main`` what of the rest."""
+    """`Plus` on a weight: ``salient`` says what is kept in full, ``main`` what of the rest.
+
+    ``chosen``, bool (M, K), are the salient weights where they are decided already.
+    """
 
     text: str
     main: Partition | Nested | Salient
     salient: Partition
+    chosen: Tensor | None = field(default=None, compare=False)
 
     @property
     def first_part(self) -> Partition:
@@ -238,9 +243,14 @@ class Salient(Composed):
 
     def resolve(self, decide: Decide, worth: Tensor) -> Tensor:
         """Return the mask (M, K): salient blocks by ``worth`` (M, K), of the rest what ``decide`` keeps."""
-        salient = self.salient.project(worth)
+        salient = self.salient.project(worth) if self.chosen is None else self.chosen
         text = f"{self.text} on {self.shape}"
         return salient | self.main.resolve(lambda stage: decide(stage.without(salient, text)), worth)
+
+    def fix(self, worth: Tensor) -> Salient:
+        """Return this pattern with its salient blocks decided, for whatever solver, by ``worth`` (M, K)."""
+        main = self.main.fix(worth) if isinstance(self.main, Salient) else self.main
+        return replace(self, main=main, chosen=self.salient.project(worth))
 
     def check(self, mask: Tensor) -> None:
         """Raise SpecError unless the bool mask (M, K) keeps enough whole blocks of both parts, and no more in all.

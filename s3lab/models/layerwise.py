@@ -15,7 +15,7 @@ from s3lab.models.decoder import Matrix, Stage, find_stages
 from s3lab.models.flow import Flow
 from s3lab.models.jobs import Job
 from s3lab.solvers import prune
-from s3lab.solvers.base import Solution, Solver
+from s3lab.solvers.base import ScoreSolver, Solution, Solver
 from s3lab.tensors.hessian import Moment
 from s3lab.tensors.team import Team
 
@@ -34,6 +34,7 @@ class Recipe:
     damp: float | Literal["auto"] = 1e-2
     refit: bool = False
     refine: bool = False
+    salient: ScoreSolver | None = None
     hessians: str = "pruned"
     scarce: float | None = None
     min_tokens: int | None = None
@@ -154,8 +155,8 @@ def _prune_together(job: Job, given: Sequence[_Shared], recipe: Recipe, team: Te
     else:
         moments = {name: shared.H for name, shared in inputs.items() if shared.H is not None}
         tests = {name: shared.H_test for name, shared in inputs.items() if shared.H_test is not None}
-        options: dict[str, Any] = {"damp": damp, "refit": recipe.refit, "refine": recipe.refine, "distributed": team}
-        found = prune(W, job.spec, moments, solver, H_test=tests, **options)
+        options: dict[str, Any] = {"refit": recipe.refit, "refine": recipe.refine, "salient": recipe.salient}
+        found = prune(W, job.spec, moments, solver, H_test=tests, damp=damp, distributed=team, **options)
         figures = {name: _measure(solution, W[name]) for name, solution in found.items()}
         # the time is that of all together, told once
         figures |= {name: {**figures[name], "time_s": 0.0} for name in W if name != next(iter(inputs))}

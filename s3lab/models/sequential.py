@@ -25,8 +25,8 @@ from s3lab.models.jobs import Specs, choose, choose_jobs, read_tables, write_tab
 from s3lab.models.layerwise import Recipe, prune_layer
 from s3lab.models.rundir import RunDir, hash_tensors, layer_file
 from s3lab.shapes import Integer
-from s3lab.solvers import make_solver
-from s3lab.solvers.base import Solver
+from s3lab.solvers import make_score, make_solver
+from s3lab.solvers.base import ScoreSolver, Solver
 from s3lab.tensors.team import Team, find_team
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def prune_model(
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
     refine: bool = False,
+    salient: str | ScoreSolver | None = None,
     held_out: float = 0.1,
     hessians: str = "pruned",
     batch: int = 8,
@@ -97,7 +98,7 @@ def prune_model(
     ``calibration`` is a source of text as `corpus.tokens` takes it, of which ``sequences`` of ``length`` tokens are
     drawn with ``seed``, or ready sequences (N, L) int64, which need no tokenizer; a share ``held_out`` of them enters
     no second moment and gives the held-out errors, by which ``damp="auto"`` picks the damping of each matrix.
-    ``refit`` and ``refine`` are those of `prune`.  Weights keep their dtype, the model its mode.
+    ``refit``, ``refine`` and ``salient`` are those of `prune`.  Weights keep their dtype, the model its mode.
 
     ``spec`` and ``solver`` are for all matrices, or tables of globs over their names, with or without what stands
     before the list of layers, of which the first match wins; the spec "dense" leaves a matrix alone.  A matrix that
@@ -141,6 +142,7 @@ def prune_model(
         "damp": damp,
         "refit": refit,
         "refine": refine,
+        "salient": make_score(salient),
         "hessians": hessians,
         "scarce": scarce,
         "min_tokens": min_tokens,
@@ -159,6 +161,7 @@ def prune_model(
         "spec": write_tables(tables),
         "solver": {glob: repr(value) for glob, value in solvers.items()},
         **options,
+        "salient": None if salient is None else repr(options["salient"]),
         "held_out": held_out,
         "batch": batch,
         "seed": seed,

@@ -15,14 +15,16 @@ from s3lab.algebra.spec import Pattern
 from s3lab.errors import SolveError
 from s3lab.shapes import Float
 from s3lab.solvers.admm import ADMM
-from s3lab.solvers.base import ALONE, Problems, Solution, Solver, conclude
+from s3lab.solvers.base import ALONE, Problems, ScoreSolver, Solution, Solver, conclude
 from s3lab.solvers.damping import climb, measure_held_out
 from s3lab.solvers.magnitude import Magnitude
 from s3lab.solvers.obd import OBD
 from s3lab.solvers.refine import Refine
 from s3lab.solvers.refit import Refit
+from s3lab.solvers.ria import RIA
 from s3lab.solvers.sobs import SOBS
 from s3lab.solvers.sparsegpt import SparseGPT
+from s3lab.solvers.variance import MatchVariance as MatchVariance
 from s3lab.solvers.wanda import Wanda
 from s3lab.tensors.meter import Meter
 from s3lab.tensors.problem import Problem
@@ -32,6 +34,7 @@ from s3lab.tensors.team import Team, find_team
 SOLVERS: dict[str, type[Solver]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
+    "ria": RIA,
     "obd": OBD,
     "sparsegpt": SparseGPT,
     "sobs": SOBS,
@@ -50,6 +53,15 @@ def make_solver(solver: str | Solver) -> Solver:
     return SOLVERS[solver]()
 
 
+def make_score(score: str | Solver | None) -> ScoreSolver | None:
+    """Return the solver of a name that scores each weight on its own; SolveError for one that does not score."""
+    found = None if score is None else make_solver(score)
+    if isinstance(found, ScoreSolver | None):
+        return found
+    names = ", ".join(name for name, kind in SOLVERS.items() if issubclass(kind, ScoreSolver))
+    raise SolveError(f"salient = {score!r} gives weights no score of their own: use one of {names}")
+
+
 @overload
 def prune(
     W: Float[Tensor, "M K"],
@@ -61,6 +73,7 @@ def prune(
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
     refine: bool | Refine = False,
+    salient: str | ScoreSolver | None = None,
     distributed: bool | Team = False,
 ) -> Solution: ...
 @overload
@@ -74,6 +87,7 @@ def prune(
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
     refine: bool | Refine = False,
+    salient: str | ScoreSolver | None = None,
     distributed: bool | Team = False,
 ) -> dict[str, Solution]: ...
 def prune(
@@ -86,6 +100,7 @@ def prune(
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
     refine: bool | Refine = False,
+    salient: str | ScoreSolver | None = None,
     distributed: bool | Team = False,
 ) -> Solution | dict[str, Solution]:
     """Return the Solution of min tr (Ŵ−W)H(Ŵ−W)ᵀ over the Ŵ whose mask satisfies a spec, as a solver finds it.
@@ -94,7 +109,8 @@ def prune(
     `hessian`, which only ``"magnitude"`` can do without; H_test, of other tokens, adds the held-out error.  ``damp``
     is added to the diagonal, as a fraction of its mean; "auto" is the rung of `damping.LADDER` with the least held-out
     error.  ``refit`` fits the kept weights exactly afterwards; ``refine`` exchanges blocks as well, where that lowers
-    the loss, with the options of a `Refine`.
+    the loss, with the options of a `Refine`.  ``salient`` names the score, such as "ria" or "wanda", that picks the
+    salient blocks of ``8:16 plus 16:256`` and its kin for any solver; other patterns have no use for it.
 
     ``distributed`` shares the rows out to all processes of torch's default group, each of which makes this call and
     gets the same result, that of one process to rounding; patterns that tie all rows together, composed ones and
@@ -104,7 +120,7 @@ def prune(
     result is a Solution by name; tensors that share their inputs are quickest with the same H.  Followers need no H.
 
     Raises SpecError where the spec does not fit W, ShapeError for a W or H that is not finite or not of its shape,
-    SolveError for an unknown solver or a missing H.
+    SolveError for an unknown solver or score, or a missing H.
 
     >>> X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     >>> solution = prune(torch.ones(4, 8), "2:4", X.T @ X / len(X), solver="obd")
@@ -115,11 +131,11 @@ def prune(
     weights, moments, tests = ({ALONE: x} if isinstance(x, Tensor) else dict(x or {}) for x in (W, H, H_test))
     if unknown := (moments.keys() | tests.keys()) - weights.keys():
         raise SolveError(f"second moments of {', '.join(sorted(unknown))}, of which there is no weight: give both")
-    method, team = make_solver(solver), find_team(distributed)
+    method, team, picker = make_solver(solver), find_team(distributed), make_score(salient)
 
     def solve(damp: float) -> dict[str, Solution]:
         problems = {name: Problem(w, moments.get(name), tests.get(name), damp) for name, w in weights.items()}
-        found = method.prune(problems, spec, team)
+        found = method.prune(problems, spec, team, picker)
         if refine:
             return _refine(problems, spec, found, Refine() if refine is True else refine, team)
         return _refit(problems, spec, found, team) if refit else found

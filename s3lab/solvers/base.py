@@ -70,17 +70,25 @@ class Solver(ABC):
         """
         return self.prune({ALONE: problem}, spec)[ALONE] if isinstance(problem, Problem) else self.prune(problem, spec)
 
-    def prune(self, problems: Problems, spec: Pattern, team: Team = SOLO) -> dict[str, Solution]:
-        """Prune problems by name, a single one under the name `ALONE`, by all processes of a team."""
+    def prune(
+        self, problems: Problems, spec: Pattern, team: Team = SOLO, salient: ScoreSolver | None = None
+    ) -> dict[str, Solution]:
+        """Prune problems by name, a single one under the name `ALONE`, by all processes of a team.
+
+        Salient blocks, where the spec has any, are picked by the scores of ``salient``.
+        """
         alone, coupled = ALONE in problems, isinstance(spec, Coupled)
         if alone is coupled:
             raise SpecError(f"{spec} is for {'several tensors by name' if coupled else 'one tensor'}: give just that")
         shapes = {name: problem.shape for name, problem in problems.items()}
         bound = spec.bind(shapes if coupled else shapes[ALONE])
+        told = repr(self)
+        if salient is not None and isinstance(bound, compose.Salient):
+            bound, told = bound.fix(salient.score(problems[ALONE])), f"{self}, salient by {salient}"
         with torch.no_grad(), Meter(next(iter(problems.values())).W.device) as meter:
             problems, masks, weights, stats = self._solve_damped(problems, bound, team)
         stats = {"time_s": meter.time_s, "mem_mib": meter.mem_mib, **stats}
-        return conclude(problems, spec, masks, weights, repr(self), stats)
+        return conclude(problems, spec, masks, weights, told, stats)
 
     @abstractmethod
     def solve(self, problem: Problem, bound: Bound) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import s3lab as s3
+from s3lab.solvers.variance import match_variance
 
 W, X = (
     torch.randn(4, 8, generator=torch.Generator().manual_seed(0)),
@@ -107,3 +108,12 @@ def test_a_weight_beyond_half_precision_is_told():
     correlated = s3.hessian(X[:, :1].expand(64, 8) + 0.01 * X)
     with pytest.raises(s3.SolveError, match=r"beyond the range of torch\.float16"):
         s3.prune(huge, "1:8", correlated, solver="sobs", damp=0.0)
+
+
+def test_variance_is_matched_of_one_matrix_by_rows_or_whole_after_a_solver():
+    with pytest.raises(s3.SolveError, match="such as s3lab"):
+        s3.MatchVariance("wanda")
+    with pytest.raises(s3.SolveError, match="'row' or over the whole 'matrix'"):
+        s3.MatchVariance(s3.Wanda(), per="column")
+    with pytest.raises(s3.ShapeError, match="one matrix twice"):
+        match_variance(W, W.T)

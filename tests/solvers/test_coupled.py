@@ -7,7 +7,7 @@ import torch
 
 import s3lab as s3
 
-SCORES_ONLY = ("magnitude", "wanda", "obd")
+SCORES_ONLY = ("magnitude", "wanda", "ria", "obd")
 PAIR = {"up": (8, 6), "down": (5, 8)}
 CASES = {
     "down: (M,1) & up: (1,K) follows keep 50%": PAIR,
@@ -86,7 +86,8 @@ def test_a_follower_changes_nothing_for_its_leader(name):
     assert torch.equal(found["up"].weight, W["up"] * found["up"].mask)
 
 
-@pytest.mark.parametrize("name", [n for n in s3.SOLVERS if n != "admm"])
+# ADMM has a ρ for each tensor, and RIA's scores are shares of a tensor's own columns
+@pytest.mark.parametrize("name", [n for n in s3.SOLVERS if n not in ("admm", "ria")])
 @pytest.mark.parametrize("shared", [True, False])
 def test_tensors_that_share_only_a_text_are_pruned_as_if_alone(name, shared):
     """Two tensors under one scope of their own each, told as a single larger tensor cut in two."""

@@ -6,15 +6,19 @@ import os
 from importlib.util import find_spec
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from s3lab.algebra.partition import Partition
 from s3lab.algebra.stage import Stage
 from s3lab.errors import SolveError
+from s3lab.shapes import Float
+from s3lab.tensors import activation
 
 Impl = Literal["auto", "torch", "triton"]
 WINDOW = 128  # columns that one program holds
 _WIDEST = 64  # blocks in a scope: every one is compared with every other
+_LONGEST = 32768  # features of a token, which one program holds
 
 
 def check_impl(impl: str) -> None:
@@ -107,9 +111,47 @@ def project(part: Partition, scores: Tensor, impl: Impl = "auto") -> Tensor:
     return project_consecutive(scores, part.B, part.E, part.keep)
 
 
-def _refuse_tensor(tensor: Tensor) -> str | None:
+def refuse_prune_tokens(part: Partition, x: Tensor, *others: object) -> str | None:
+    """Return why tokens cannot be pruned in the kernel, None where they can.
+
+    They can in float32, bfloat16 and float16 on a GPU, where Triton is installed and no gradient is asked for, by N:M
+    of up to 64 single features, and up to 32768 of them in all.
+    """
+    if part.E > 1 or part.layout.coalesce().flat != ((part.shape[1], 1),) or part.B > _WIDEST:
+        return f"the scopes of {part.text} are not up to {_WIDEST} consecutive features"
+    if part.shape[1] > _LONGEST:
+        return f"a token has {part.shape[1]} features, more than {_LONGEST}"
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *others)):
+        return "the kernel has no gradient"
+    return _refuse_tensor(x, sizes=(2, 4))
+
+
+def prune_tokens(
+    x: Float[Tensor, "... K"],
+    part: Partition,
+    factor: Float[Tensor, " K"] | None = None,
+    shift: Float[Tensor, " K"] | activation.Centre | None = None,
+    variance: bool = False,
+    impl: Impl = "auto",
+) -> Float[Tensor, "... K"]:
+    """Return the tokens pruned as `s3lab.tensors.activation.prune_tokens` does, which is the twin.
+
+    ``"triton"`` raises SolveError where `refuse_prune_tokens` has a reason not to, ``"auto"`` then takes the twin.
+
+    >>> part = activation.bind_token(__import__("s3lab").parse("1:2"), 2)
+    >>> prune_tokens(torch.tensor([[3.0, 1.0]]), part, shift="mean")
+    tensor([[3., 2.]])
+    """
+    if not takes_triton(impl, refuse_prune_tokens(part, x, factor, shift)) or not x.numel():
+        return activation.prune_tokens(x, part, factor, shift, variance)
+    from s3lab.solvers.kernels.activation_triton import prune_rows
+
+    return prune_rows(x, part.B, part.keep, factor, shift, variance)
+
+
+def _refuse_tensor(tensor: Tensor, sizes: tuple[int, ...] = (4,)) -> str | None:
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {tensor.device}, and Triton wants a GPU"
-    if tensor.dtype.itemsize != 4:
+    if tensor.dtype.itemsize not in sizes:
         return f"the work is done in {tensor.dtype}, and the kernel's in float32"
     return None if find_spec("triton") else "Triton is not installed"

@@ -79,12 +79,26 @@ class Activation:
         """Whether something is to be learned."""
         return self.shift == "learned" or self.scale
 
+    def shapes(self, M: int, K: int) -> dict[str, tuple[int, ...]]:
+        """Return the tensors that a layer (M, K) needs for this, by name, and their shapes.
+
+        >>> Activation("2:4", "amber", scale=True).shapes(8, 16)
+        {'factor': (16,), 'scale': (8,)}
+        """
+        return {
+            **({"factor": (K,)} if self.criterion != "act" else {}),
+            **({"shift": (K,)} if self.shift in ("channel", "layer", "learned") else {}),
+            **({"scale": (M,)} if self.scale else {}),
+            **({"left": (M, self.rank), "right": (self.rank, K)} if self.rank else {}),
+        }
+
 
 class Pruner(nn.Module):
-    """What a linear layer has beside weight and bias: an `Activation` and its tensors, which move with the layer.
+    """What a linear layer (M, K) has beside weight and bias: an `Activation` and its tensors, which move with it.
 
     The tensors are buffers that are no part of the model's state: ``factor`` f (K,), ``shift`` η (K,), ``scale`` s
-    (M,), and ``left`` A (M, r), ``right`` B (r, K), each None where there is no such part.
+    (M,), and ``left`` A (M, r), ``right`` B (r, K), each None where there is no such part.  Raises DataError where
+    they are not those that the `Activation` needs, SpecError where its spec does not fit K features.
     """
 
     factor: Tensor | None
@@ -93,9 +107,14 @@ class Pruner(nn.Module):
     left: Tensor | None
     right: Tensor | None
 
-    def __init__(self, activation: Activation, K: int, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, activation: Activation, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
+        M, K = shape
+        needed, given = activation.shapes(M, K), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if given != needed:
+            raise DataError(f"{activation} of a layer ({M}, {K}) needs {needed or 'no tensor'}, not {given}")
         self.activation = activation
+        self.shape = (M, K)
         self.part = bind_token(parse(activation.spec), K)
         for name in ("factor", "shift", "scale", "left", "right"):
             self.register_buffer(name, tensors.get(name), persistent=False)
@@ -158,12 +177,14 @@ class Sparsified:
 def attach(model: nn.Module, pruners: Mapping[str, Pruner]) -> Sparsified:
     """Let the layers of these names prune their inputs, all or none of them.
 
-    Raises DataError for a name that is no plain linear layer of the model, or whose input has another width.
+    Raises DataError for a name that is no plain linear layer of the model, or one of another shape.
     """
     layers = {name: find_plain(model, name) for name in pruners}
     for name, layer in layers.items():
-        if layer.in_features != (K := pruners[name].part.shape[1]):
-            raise DataError(f"{name} has {layer.in_features} inputs, and its pruning is of {K}: give the same model")
+        if tuple(layer.weight.shape) != (shape := pruners[name].shape):
+            raise DataError(
+                f"{name} is {tuple(layer.weight.shape)}, and its pruning is of {shape}: give the same model"
+            )
     sparsified = Sparsified()
     for name, layer in layers.items():
         sparsified.add(name, layer, pruners[name])
@@ -201,7 +222,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     tensors = {f"{name}.{key}": t.contiguous() for name, pruner in pruners.items() for key, t in pruner.named_buffers()}
     with replacing(folder / TENSORS) as part:
         save_file(tensors, part)
-    settings = {name: asdict(pruner.activation) for name, pruner in pruners.items()}
+    settings = {name: {"shape": pruner.shape, **asdict(pruner.activation)} for name, pruner in pruners.items()}
     write(folder / SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
     return folder
 
@@ -218,12 +239,12 @@ def load(model: nn.Module, folder: str | Path) -> Sparsified:
     try:
         settings = json.loads((folder / SETTINGS).read_text())
         tensors = load_file(folder / TENSORS)
+        shapes = {name: given.pop("shape") for name, given in settings.items()}
         chosen = {name: Activation(**given) for name, given in settings.items()}
-    except (OSError, json.JSONDecodeError, SafetensorError, TypeError, AttributeError) as error:
+    except (OSError, json.JSONDecodeError, SafetensorError, TypeError, KeyError) as error:
         raise DataError(f"{str(folder)!r} holds no saved pruning of inputs ({error}): save one there first") from error
-    return attach(model, {name: _restore(model, name, activation, tensors) for name, activation in chosen.items()})
-
-
-def _restore(model: nn.Module, name: str, activation: Activation, tensors: Mapping[str, Tensor]) -> Pruner:
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-    return Pruner(activation, find_plain(model, name).in_features, own)
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in chosen}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        own.setdefault(name, {})[kind] = tensor
+    return attach(model, {name: Pruner(chosen[name], shapes[name], own[name]) for name in chosen})

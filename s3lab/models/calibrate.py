@@ -189,7 +189,7 @@ def _make(name: str, activation: Activation, layer: nn.Linear, inputs: Inputs | 
             tensors["scale"] = W.new_zeros(layer.out_features, dtype=torch.float32)
         if activation.rank:
             tensors["left"], tensors["right"] = split_low_rank(W, activation.rank)
-        return Pruner(activation, layer.in_features, tensors)
+        return Pruner(activation, W.shape, tensors)
     except SpecError as error:
         raise SpecError(f"{name}: {error}") from error
 

@@ -18,7 +18,7 @@ from s3lab.tensors import activation
 Impl = Literal["auto", "torch", "triton"]
 WINDOW = 128  # columns that one program holds
 _WIDEST = 64  # blocks in a scope: every one is compared with every other
-_LONGEST = 32768  # features of a token, which one program holds
+_LONGEST = 16384  # features of a token, which one program holds in registers, nearly without spills (sm_90)
 
 
 def check_impl(impl: str) -> None:
@@ -115,7 +115,7 @@ def refuse_prune_tokens(part: Partition, x: Tensor, *others: object) -> str | No
     """Return why tokens cannot be pruned in the kernel, None where they can.
 
     They can in float32, bfloat16 and float16 on a GPU, where Triton is installed and no gradient is asked for, by N:M
-    of up to 64 single features, and up to 32768 of them in all.
+    of up to 64 single features, and up to 16384 of them in all.
     """
     if part.E > 1 or part.layout.coalesce().flat != ((part.shape[1], 1),) or part.B > _WIDEST:
         return f"the scopes of {part.text} are not up to {_WIDEST} consecutive features"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from s3lab.errors import DataError, SpecError
 from s3lab.models.decoder import Decoder, Matrix, Watch, find_decoder, find_stages
-from s3lab.models.flow import Chunk, Flow, cut_chunks
+from s3lab.models.flow import Flow, cut_chunks
 from s3lab.models.globs import matches
 from s3lab.shapes import Float, Integer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _UNKNOWN = -1
+_PROBE = 128  # tokens: enough for a channel behind a ReLU to show itself
 
 
 def equalise(
@@ -57,13 +58,15 @@ def equalise(
     asked = _choose(decoder, globs)
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), _evaluating(model):
-        parts = cut_chunks(ids, 0.0, batch, seed=0)
-        probe = Chunk(len(parts), parts[0].ids[:1], held_out=False)
-        flow = Flow(model, decoder, [probe, *parts], model.device)
-        flow.embed()
+        flow = Flow(model, decoder, cut_chunks(ids, 0.0, batch, seed=0), model.device)
+        probe = Flow(model, decoder, cut_chunks(ids[:1, :_PROBE], 0.0, 1, seed=0), model.device)
+        for part in (flow, probe):
+            part.embed()
         for index in range(len(decoder.layers)):
-            bench = _Bench(flow, index, probe)
-            for group, peak in bench.find_inputs():
+            bench = _Bench(probe, index)
+            inputs = bench.find_inputs()
+            peaks = _find_peaks(flow, index, [group[0] for group in inputs])
+            for group, peak in zip(inputs, peaks, strict=True):
                 names = [matrix.name.removeprefix(f"{decoder.name}.{index}.") for matrix in group]
                 if globs and not asked & {matrix.name for matrix in group}:
                     continue
@@ -71,7 +74,8 @@ def equalise(
                 if globs and told["note"]:
                     raise DataError(f"{group[0].name} cannot be equalised: {told['note']}; leave it out of only={only}")
                 rows.append({"layer": index, "matrices": ", ".join(names), **told})
-            flow.advance_dense(index)
+            for part in (flow, probe):
+                part.advance_dense(index)
     return rows
 
 
@@ -114,39 +118,29 @@ def find_absorbers(layer: nn.Module, matrices: Mapping[str, Matrix]) -> list[Abs
 class _Bench:
     """One dense layer under test, on one sequence."""
 
-    def __init__(self, flow: Flow, index: int, probe: Chunk) -> None:
-        self.flow, self.index, self.probe = flow, index, probe
-        self.hidden = flow.get(index, "dense", probe)
+    def __init__(self, flow: Flow, index: int) -> None:
+        self.flow, self.index, self.chunk = flow, index, flow.chunks[0]
+        self.hidden = flow.get(index, "dense", self.chunk)
         self.matrices = flow.decoder.matrices[index]
         self.absorbers = find_absorbers(flow.decoder.layers[index], self.matrices)
         # what doubles does so to rounding, and nothing else comes as near
         self.tolerance = torch.finfo(self.hidden.dtype).eps ** 0.5
 
-    def find_inputs(self) -> list[tuple[tuple[Matrix, ...], Tensor | None]]:
-        """The matrices that share an input, and the peak of each channel of it, None where no token came."""
+    def find_inputs(self) -> list[tuple[Matrix, ...]]:
+        """The matrices that share an input, input by input."""
         hidden = self.hidden.clone().requires_grad_()
-        stages = find_stages(
-            self.matrices, lambda: self.flow.run(self.index, self.probe, hidden.clone()), self.probe.ids.numel()
-        )
-        groups = [group for stage in stages for group in stage.groups]
-        peaks: dict[str, Tensor] = {}
-
-        def see(matrix: Matrix, x: Tensor, held_out: bool) -> None:
-            if x.numel():
-                peak = x.abs().flatten(0, -2).amax(0)
-                peaks[matrix.name] = torch.maximum(peaks.get(matrix.name, peak), peak)
-
-        self.flow.watch(self.index, "dense", {group[0].name: group[0] for group in groups}, see)
-        return [(group, peaks.get(group[0].name)) for group in groups]
+        stages = find_stages(self.matrices, lambda: self._run(hidden), self.chunk.ids.numel())
+        return [group for stage in stages for group in stage.groups]
 
     def equalise(self, group: Sequence[Matrix], peak: Tensor | None) -> dict[str, Any]:
         """Equalise the input that a group of matrices shares, and tell how, or why not."""
         nothing = {"into": None, "least": 1.0, "largest": 1.0}
         if peak is None or any(matrix.expert is not None for matrix in group):
             return {**nothing, "note": "an expert's input is made of chosen tokens, not by a part of its own"}
+        before = self._read(group[0])
         note = "nothing in the layer makes its input channel by channel"
         for absorber in self.absorbers:
-            owner = self._read_owner(group[0], absorber)
+            owner = self._read_owner(group[0], before, absorber)
             if owner is None:
                 continue
             scale = _balance(group, peak, owner, len(absorber.weight))
@@ -156,12 +150,11 @@ class _Bench:
             note = f"what {absorber.name} makes is read by more than these matrices"
         return {**nothing, "note": note}
 
-    def _read_owner(self, matrix: Matrix, absorber: Absorber) -> Tensor | None:
+    def _read_owner(self, matrix: Matrix, before: Tensor, absorber: Absorber) -> Tensor | None:
         """Which output of an absorber each input of a matrix is a multiple of, (K,), None if any is of another kind.
 
         The outputs are numbered from 1, and doubled by the bits of their number, so that every one is doubled once.
         """
-        before = self._read(matrix)
         alive = before.ne(0).any(0)
         if not alive.any() or matrix.weight.shape[1] % len(absorber.weight):
             return None
@@ -179,13 +172,13 @@ class _Bench:
 
     def _fold(self, group: Sequence[Matrix], absorber: Absorber, owner: Tensor, scale: Tensor) -> bool:
         """Move the scale of each output into the weights that read it; undone, and False, if the layer then differs."""
-        before = self.flow.run(self.index, self.probe, self.hidden.clone())
+        before = self._run(self.hidden)
         columns = torch.where(owner == _UNKNOWN, 1.0, scale[owner])
         with _restored(absorber, *group) as keep:
             absorber.scale(1 / scale)
             for matrix in group:
                 matrix.weight.copy_(matrix.weight.double() * columns)
-            after = self.flow.run(self.index, self.probe, self.hidden.clone())
+            after = self._run(self.hidden)
             moved = (before - self.hidden).double().norm()
             same = bool((after - before).double().norm() <= self.tolerance * moved)
             if same:
@@ -196,8 +189,12 @@ class _Bench:
         """The input of a matrix, (tokens, K)."""
         seen: list[Tensor] = []
         with Watch({matrix.name: matrix}, lambda matrix, x, out: seen.append(x.flatten(0, -2))):
-            self.flow.run(self.index, self.probe, self.hidden.clone())
+            self._run(self.hidden)
         return torch.cat(seen)
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        # a layer may write into what it is given
+        return self.flow.run(self.index, self.chunk, hidden.clone())
 
     def _close(self, x: Tensor, expected: Tensor) -> Tensor:
         """Which channels of an input are as expected of all tokens, bool (K,)."""
@@ -212,6 +209,19 @@ def _choose(decoder: Decoder, globs: Sequence[str]) -> set[str]:
     if unused := [glob for glob in globs if not found[glob]]:
         raise SpecError(f"{', '.join(map(repr, unused))} matches no matrix: the names are like {names[0]!r}")
     return set().union(*found.values())
+
+
+def _find_peaks(flow: Flow, index: int, readers: Sequence[Matrix]) -> list[Tensor | None]:
+    """The largest size of each channel of what each matrix reads, None where no token came to it."""
+    peaks: dict[str, Tensor] = {}
+
+    def see(matrix: Matrix, x: Tensor, held_out: bool) -> None:
+        if x.numel():
+            peak = x.abs().flatten(0, -2).amax(0)
+            peaks[matrix.name] = torch.maximum(peaks.get(matrix.name, peak), peak)
+
+    flow.watch(index, "dense", {matrix.name: matrix for matrix in readers}, see)
+    return [peaks.get(matrix.name) for matrix in readers]
 
 
 def _balance(group: Sequence[Matrix], peak: Tensor, owner: Tensor, outputs: int) -> Float[Tensor, " R"]:

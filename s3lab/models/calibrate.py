@@ -132,6 +132,7 @@ def learn(pruner: Pruner, layer: nn.Linear, X: Float[Tensor, "T K"], learning: L
     of X stays zero.  The weight stays as it is.  Cost: about 6·M·K operations a token and step.
     """
     X, W = X.float(), layer.weight.detach().float()
+    Y = linear(X, W)
     parts = {
         name: torch.zeros_like(tensor, dtype=torch.float32).requires_grad_()
         for name, tensor, learned in (
@@ -146,23 +147,23 @@ def learn(pruner: Pruner, layer: nn.Linear, X: Float[Tensor, "T K"], learning: L
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, learning.steps)
     generator = torch.Generator().manual_seed(learning.seed)
 
-    def miss(tokens: Tensor) -> Tensor:
-        return (pruner.apply_to(tokens, W, None) - linear(tokens, W)).square().mean()
+    def miss(tokens: Tensor | slice = slice(None)) -> Tensor:
+        return (pruner.apply_to(X[tokens], W, None) - Y[tokens]).square().mean()
 
     with torch.no_grad():
         _set(pruner, {name: part.detach() for name, part in parts.items()})
-        before = miss(X)
+        before = miss()
     with torch.enable_grad():
         _set(pruner, parts)
         for _ in range(learning.steps):
-            some = X[torch.randint(len(X), (min(learning.tokens, len(X)),), generator=generator).to(X.device)]
+            some = torch.randint(len(X), (min(learning.tokens, len(X)),), generator=generator).to(X.device)
             optimizer.zero_grad()
             (miss(some) / before.clamp(min=torch.finfo(torch.float32).tiny)).backward()
             optimizer.step()
             schedule.step()
     with torch.no_grad():
         _set(pruner, {name: part.detach() for name, part in parts.items()})
-        if not miss(X) < before:
+        if not miss() < before:
             _set(pruner, {name: torch.zeros_like(part) for name, part in parts.items()})
 
 

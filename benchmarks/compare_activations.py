@@ -1,0 +1,108 @@
+"""Inputs of the reference model pruned at 50 %: every pattern, criterion and correction over seeds, beside weights.
+
+    python benchmarks/compare_activations.py [--seeds 0 1 2 3 4] [--windows 8] [--sequences 4]
+
+A seed draws the calibration text, the windows that perplexity is measured on, and what learning sees.  Writes
+benchmarks/results/compare_activations.csv, a row for each combination and seed, as it goes, and goes on from there;
+and compare_activations_gains.csv, each correction's gain with its 95 % interval over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import s3lab as s3
+from s3lab.files import write
+from s3lab.lab.inputs import compare_inputs, find_gains
+from s3lab.lab.record import device_name
+from s3lab.models import corpus
+from s3lab.models.calibrate import Learning
+from s3lab.models.reference import load_reference, perplexity
+
+RESULTS = Path(__file__).parent / "results" / "compare_activations.csv"
+PATTERNS = ["2:4", "4:8", "8:16", "16:32", "50%/row"]
+CRITERIA = ["act", "clact", "amber"]
+CORRECTIONS = {
+    "none": {},
+    "D-PTS median": {"shift": "median"},
+    "D-PTS mean": {"shift": "mean"},
+    "S-PTS": {"shift": "channel"},
+    "L-PTS": {"shift": "learned"},
+    "VAR": {"variance": True},
+    "LS": {"scale": True},
+    "R-Sparse": {"rank": 8},
+    "D-PTS + VAR": {"shift": "median", "variance": True},
+}
+LENGTH = 256
+
+
+def measure(args: argparse.Namespace, seed: int, pattern: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a pattern and a seed: inputs pruned in every way, then weights by each solver."""
+    model, tokenizer = load_reference()
+    calibration = corpus.tokens(tokenizer, "calibration", LENGTH, args.sequences, seed)
+    test = corpus.tokens(tokenizer, "test", LENGTH, args.windows, seed)
+    learning = Learning(args.steps, args.lr, args.tokens, at_once=64, seed=seed)
+    for row in compare_inputs(model, calibration, test, [pattern], CRITERIA, CORRECTIONS, learning):
+        yield {"pruned": "inputs", **row}
+    dense = row["dense_perplexity"]
+    for solver in args.solvers:
+        pruned = deepcopy(model)
+        s3.prune_model(pruned, None, pattern, solver, calibration=calibration, seed=seed, progress=False)
+        found = perplexity(pruned, test)
+        loss = {"perplexity": found, "dense_perplexity": dense, "loss_percent": 100 * (found / dense - 1)}
+        yield {"pruned": "weights", "pattern": pattern, "criterion": solver, "correction": "none", **loss}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--solvers", nargs="+", default=["magnitude", "wanda", "sparsegpt"])
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10, help="of learning")
+    parser.add_argument("--lr", type=float, default=0.03)
+    parser.add_argument("--tokens", type=int, default=128, help="in a step of learning")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    facts = {
+        **{key: getattr(args, key) for key in ("windows", "sequences", "steps", "lr", "tokens")},
+        "length": LENGTH,
+        "threads": torch.get_num_threads(),
+        "device": device_name("cpu"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "s3lab": s3.__version__,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+    }
+    rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
+    done = {(row["seed"], row["pattern"]) for row in rows}
+    for seed in args.seeds:
+        for pattern in PATTERNS:
+            if (seed, pattern) not in done:
+                began = time.perf_counter()
+                found = [{"seed": seed, **row} for row in measure(args, seed, pattern)]
+                facts["time_s"] = round(time.perf_counter() - began, 1)
+                rows += [{**row, **facts} for row in found]
+                write(args.out, pd.DataFrame(rows).to_csv(index=False).encode())
+    table = pd.DataFrame(rows)
+    corrected = table[(table["pruned"] == "inputs") & (table["correction"] != "none")]
+    gains = find_gains(corrected, ["pattern", "criterion", "correction"]) if len(args.seeds) > 1 else pd.DataFrame()
+    write(args.out.with_name("compare_activations_gains.csv"), gains.to_csv(index=False).encode())
+    print(table.groupby(["pruned", "criterion", "correction", "pattern"], sort=False)["loss_percent"].mean().unstack())
+
+
+if __name__ == "__main__":
+    main()

@@ -130,6 +130,18 @@ def finetune(
     return rows
 
 
+class _Errors(NamedTuple):
+    """Relative output errors of a layer on what it learns from, and on what is held out, None without that."""
+
+    train: float
+    test: float | None
+
+    @property
+    def decisive(self) -> float:
+        """The one that tells whether a layer got better."""
+        return self.train if self.test is None else self.test
+
+
 class _Lesson:
     """One layer, what it is given, and what it should make of that."""
 
@@ -157,15 +169,13 @@ class _Lesson:
                 raise SolveError(f"layer {self.index}: the loss is {total} in epoch {epoch}: lower lr={schedule.lr:g}")
             tell(epoch, total / len(chunks))
         after = self.measure()
-        judge = "test_after" if after["test"] is not None else "after"
-        row = {"before": before["train"], "after": after["train"]}
-        row |= {"test_before": before["test"], "test_after": after["test"]}
-        row["kept"] = row[judge] <= row[judge.replace("after", "before")]
-        if not row["kept"]:
+        better = after.decisive <= before.decisive
+        if not better:
             self._write(kept)
-        return row
+        tests = {"test_before": before.test, "test_after": after.test}
+        return {"before": before.train, "after": after.train, **tests, "kept": better}
 
-    def measure(self) -> dict[str, float | None]:
+    def measure(self) -> _Errors:
         """‖layer − dense‖ / ‖dense‖ of the output, over the sequences to train on and over those held out."""
         squares = torch.zeros(2, 2, dtype=torch.float64)
         with torch.no_grad():
@@ -175,7 +185,7 @@ class _Lesson:
                     [(hidden - dense).square().sum(), dense.square().sum()]
                 ).cpu()
         train, test = (sqrt(apart / size) if size else None for apart, size in squares.tolist())
-        return {"train": train, "test": test}
+        return _Errors(train or 0.0, test)
 
     def advance(self) -> None:
         """Send the sequences through the layer as it is now."""

@@ -99,7 +99,9 @@ def main() -> None:
                 write(args.out, pd.DataFrame(rows).to_csv(index=False).encode())
     table = pd.DataFrame(rows)
     corrected = table[(table["pruned"] == "inputs") & (table["correction"] != "none")]
-    gains = find_gains(corrected, ["pattern", "criterion", "correction"]) if len(args.seeds) > 1 else pd.DataFrame()
+    gains = (
+        find_gains(corrected, ["pattern", "criterion", "correction"]) if table["seed"].nunique() > 1 else pd.DataFrame()
+    )
     write(args.out.with_name("compare_activations_gains.csv"), gains.to_csv(index=False).encode())
     print(table.groupby(["pruned", "criterion", "correction", "pattern"], sort=False)["loss_percent"].mean().unstack())
 

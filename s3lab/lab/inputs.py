@@ -68,8 +68,8 @@ def find_gains(rows: DataFrame, by: Sequence[str], value: str = "gain_percent", 
     if missing := [name for name in (*by, value) if name not in rows.columns]:
         raise DataError(f"the table has no column {', '.join(missing)}: it has {', '.join(rows.columns)}")
     found = []
-    for key, group in rows.groupby(list(by), sort=False):
+    for _, group in rows.groupby(list(by), sort=False):
         mean, half = find_interval(group[value].tolist(), level)
         ends = {value: mean, "half_width": half, "low": mean - half, "high": mean + half, "rows": len(group)}
-        found.append({**dict(zip(by, key, strict=True)), **ends})
+        found.append({**group[list(by)].iloc[0].to_dict(), **ends})
     return DataFrame(found)

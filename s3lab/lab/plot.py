@@ -166,6 +166,35 @@ def dots(
     return fig
 
 
+def intervals(
+    df: DataFrame,
+    x: str,
+    y: str,
+    low: str,
+    high: str,
+    *,
+    xlabel: str | None = None,
+    width: float = COLUMN,
+) -> Figure:
+    """Draw column ``x`` as a mark with a bar from ``low`` to ``high``, on a line per row, named by ``y``, from the top.
+
+    A line stands at zero; intervals that reach over it are hollow.  Raises DataError if the table lacks a column.
+    """
+    _expect(df, x, y, low, high)
+    with style({"axes.grid.axis": "both"}):
+        fig = Figure(figsize=(width, 0.2 * len(df) + 0.6), layout="constrained")
+        ax = fig.subplots()
+        ax.axvline(0, color=INK, linewidth=0.8)
+        ax.hlines(range(len(df)), df[low], df[high], color=COLOURS[0], linewidth=1.6)
+        sure = [COLOURS[0] if one > 0 or other < 0 else "white" for one, other in zip(df[low], df[high], strict=True)]
+        ax.scatter(df[x], range(len(df)), 22, color=sure, edgecolor=COLOURS[0], zorder=3)
+        ax.set_yticks(range(len(df)), [str(name) for name in df[y]])
+        ax.set(xlabel=xlabel or _words(x), ylim=(len(df) - 0.5, -0.5))
+        ax.tick_params(axis="y", length=0)
+        ax.grid(True)
+    return fig
+
+
 def heat(
     df: DataFrame,
     x: str,
@@ -174,6 +203,7 @@ def heat(
     *,
     panel: str | None = None,
     label: str | None = None,
+    digits: int = 0,
     width: float = PAGE,
 ) -> Figure:
     """Draw ``value`` as the colour of a cell at ``x`` and ``y``, with its number: blue above zero, orange below.
@@ -193,7 +223,7 @@ def heat(
             cells = part.pivot(index=y, columns=x, values=value).reindex(index=df[y].unique(), columns=df[x].unique())
             last = i + 1 == len(panels)
             sns.heatmap(
-                cells, ax=ax, cmap="PuOr", vmin=-most, vmax=most, annot=True, fmt=".0f", annot_kws={"size": 6},
+                cells, ax=ax, cmap="PuOr", vmin=-most, vmax=most, annot=True, fmt=f".{digits}f", annot_kws={"size": 6},
                 linewidths=0.5, cbar=last, cbar_kws={"label": label or _words(value)} if last else None,
             )  # fmt: skip
             ax.set(xlabel=_words(x), ylabel=_words(y) if i == 0 else "", title="" if title is None else str(title))

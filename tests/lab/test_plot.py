@@ -81,3 +81,15 @@ def test_two_rows_for_one_bar_are_refused():
 def test_neighbouring_colours_differ_in_greyscale():
     light = [luminance(colour) for colour in plot.COLOURS]
     assert all(abs(a - b) > 0.08 for a, b in pairwise(light))
+
+
+def test_an_interval_that_reaches_over_zero_is_hollow():
+    table = pd.DataFrame(
+        {"name": ["a", "b", "c"], "mean": [1.0, 0.5, -2.0], "low": [0.5, -1.0, -3.0], "high": [1.5, 2.0, -1.0]}
+    )
+    (ax,) = plot.intervals(table, "mean", "name", "low", "high").axes
+    (bars,) = (c for c in ax.collections if isinstance(c, LineCollection))
+    assert [[point[0] for point in bar] for bar in bars.get_segments()] == [[0.5, 1.5], [-1.0, 2.0], [-3.0, -1.0]]
+    (marks,) = (c for c in ax.collections if not isinstance(c, LineCollection))
+    assert [luminance(tuple(colour[:3])) > 0.99 for colour in marks.get_facecolors()] == [False, True, False]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]

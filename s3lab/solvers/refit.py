@@ -55,10 +55,10 @@ class Refit:
         W = (W0 if start is None else start.to(W0)).masked_fill(~mask, 0)
         inverse_diagonal = 1 / H.diagonal()
         goal = tolerance * (W0 @ H).norm(dim=1, keepdim=True)
-        residual = ((W0 - W) @ H).masked_fill_(~mask, 0)
+        residual = ((W0 - W) @ H).mul_(mask)
         scaled = residual * inverse_diagonal
-        direction = scaled
-        product = (residual * scaled).sum(1, keepdim=True)
+        direction = scaled.clone()
+        product = torch.linalg.vecdot(residual, scaled).unsqueeze(1)
         best, since = torch.inf, 0
         for step in range(self.max_steps + 1):
             gap = residual.norm(dim=1, keepdim=True)
@@ -66,12 +66,12 @@ class Refit:
             best, since = (worst, 0) if worst < 0.9 * best else (best, since + 1)
             if worst <= 1 or step == self.max_steps or since > 20:
                 return Fit(W, step, worst * tolerance)
-            image = (direction @ H).masked_fill_(~mask, 0)
-            curvature = (direction * image).sum(1, keepdim=True)
+            image = (direction @ H).mul_(mask)
+            curvature = torch.linalg.vecdot(direction, image).unsqueeze(1)
             length = (product / curvature).nan_to_num_(0, 0, 0)
-            W = W + length * direction
-            residual = residual - length * image
+            W.addcmul_(length, direction)
+            residual.addcmul_(length, image, value=-1)
             scaled = residual * inverse_diagonal
-            product, before = (residual * scaled).sum(1, keepdim=True), product
-            direction = scaled + (product / before).nan_to_num_(0, 0, 0) * direction
+            product, before = torch.linalg.vecdot(residual, scaled).unsqueeze(1), product
+            direction.mul_((product / before).nan_to_num_(0, 0, 0)).add_(scaled)
         raise AssertionError("unreachable: the loop returns at max_steps")

@@ -96,6 +96,10 @@ class Problem:
         """What the removal of each weight alone costs, made good by all others: w² / [H⁻¹]_jj."""
         return self.weight**2 / self.inverse.diagonal()
 
+    def divide(self, Y: Float[Tensor, "K n"]) -> Float[Tensor, "K n"]:
+        """Return H⁻¹Y with the damped H, without an inverse."""
+        return torch.cholesky_solve(Y.double(), self._factored[1]).to(Y.dtype)
+
     def inverse_factor(self, order: Tensor) -> Float[Tensor, "K K"]:
         """Return the upper U with H⁻¹ = UᵀU, its inputs in the given order, in the working dtype.
 
@@ -138,7 +142,7 @@ class Problem:
             damp = _raise_damping(damp)
 
     def _damped(self, damp: float) -> Tensor:
-        H = self.moment.double().clone()
+        H = self.moment.to(torch.float64, copy=True)
         diagonal = H.diagonal()
         live = diagonal[~self.dead]
         mean = float(live.mean()) if len(live) else 1.0

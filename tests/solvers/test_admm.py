@@ -45,7 +45,7 @@ def test_more_effort_finds_a_lower_error(text):
 
 def test_options_take_the_place_of_the_efforts():
     W, H = small(0)
-    told = s3.ADMM(effort="quick", rho=0.05, growth=1.4, hold=5)
+    told = s3.ADMM(effort="quick", rho=0.07, growth=1.4, hold=4)
     assert torch.equal(s3.prune(W, "2:4", H, told).weight, s3.prune(W, "2:4", H, "admm").weight)
     assert s3.prune(W, "2:4", H, s3.ADMM(max_steps=2)).stats["steps"] == 2
 
@@ -60,10 +60,19 @@ def test_uncorrelated_inputs_leave_nothing_to_make_good():
         torch.testing.assert_close(found.weight, W * found.mask)
 
 
+def test_inputs_that_repeat_each_other_need_no_more_damping():
+    """In float32, whose Cholesky fails at a ρ this small, and at the damping that was asked for."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(512, 4, generator=generator).double() @ torch.randn(4, 256, generator=generator).double()
+    W, H = torch.randn(8, 256, generator=generator), X.T @ X / 512
+    found, coarse = (s3.prune(W, "2:4", H, name, damp=1e-7) for name in ("admm", "wanda"))
+    assert found.stats["damp"] == 1e-7 and found.error < 0.1 * coarse.error
+
+
 def test_it_says_how_it_ended():
     layer = generate_layer(32, 64, 512)
     stats = s3.prune(layer.W, "2:4", layer.H, "admm").stats
-    assert stats["changes"] <= 1e-4 * 32 * 64 and stats["rho"] > 0.05 and 3 < stats["steps"] < 500
+    assert stats["changes"] <= 1e-4 * 32 * 64 and stats["rho"] > 0.07 and 3 < stats["steps"] < 500
     assert stats["residual"] <= 1e-4
 
 

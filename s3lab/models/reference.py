@@ -80,7 +80,9 @@ class Recipe:
 _TOY = Recipe(vocab=512, hidden=64, layers=2, intermediate=128, head_dim=16, length=64)
 RECIPES = {
     "toy": replace(_TOY, steps=60, batch=16, lr=1e-2, every=10),
-    "small": Recipe(hidden=192, intermediate=576, head_dim=48),  # near the bytes of the reference model at 8:16
+    # of the bytes that the next larger one has at 8:16, its embeddings dense
+    "tiny": Recipe(hidden=144, intermediate=480, head_dim=32),
+    "small": Recipe(hidden=192, intermediate=576, head_dim=48),
     "reference": Recipe(),
 }
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import product
 from math import comb, isqrt, lgamma, log
 
-_COUNTED_SIDE = 12  # in a fifth of a second; 16 takes half a minute
+COUNTED_SIDE = 12  # in a fifth of a second; 16 takes half a minute
 _COUNTED_BLOCKS = 4096  # binomials above have thousands of digits, and rounding up is nothing to them
 
 
@@ -20,7 +20,7 @@ def index_bits(blocks: int, keep: int, lines: int | None = None) -> float:
     if lines is not None:
         side = isqrt(blocks)
         rows = side * (comb(side, lines) - 1).bit_length()
-        return rows if side > _COUNTED_SIDE else (count_squares(side, lines) - 1).bit_length()
+        return rows if side > COUNTED_SIDE else (count_squares(side, lines) - 1).bit_length()
     if blocks <= _COUNTED_BLOCKS:
         return (comb(blocks, keep) - 1).bit_length()
     return (lgamma(blocks + 1) - lgamma(keep + 1) - lgamma(blocks - keep + 1)) / log(2)

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from s3lab.algebra import text
+from s3lab.algebra import fit, text
 from s3lab.algebra.layout import Layout
 from s3lab.algebra.partition import Partition
 from s3lab.algebra.sizes import IDENTITY, ONE, Keep, Size, Sizes, write_keep, write_sizes
@@ -152,8 +152,13 @@ class Scope:
 class Pattern(ABC):
     """What `parse` gives: an immutable, hashable description that binds to the shape of a weight, or of several.
 
-    ``str(pattern)`` is its shortest text, and `parse` reads it back.
+    ``str(pattern)`` is its shortest text, and `parse` reads it back.  A notebook shows it as a small drawing.
     """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors that it couples; none where it is of one weight."""
+        return ()
 
     @abstractmethod
     def bind(self, shape: Any) -> Any:
@@ -168,6 +173,9 @@ class Pattern(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
+
+    def _repr_html_(self) -> str | None:
+        return fit.show(self)
 
 
 @dataclass(frozen=True, repr=False)

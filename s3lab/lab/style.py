@@ -8,10 +8,10 @@ from typing import Any
 
 import matplotlib
 
+from s3lab.algebra.picture import COLOURS as COLOURS
+
 COLUMN, PAGE = 3.4, 7.0  # inches: the width of a column and of a page in a two-column paper
 DPI = 200
-# Okabe and Ito's colours for all kinds of colour vision, ordered so that neighbours differ in lightness.
-COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#000000")
 HATCHES = ("", "////", "....", "xxxx", "----", "++++", "oooo", "****")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")

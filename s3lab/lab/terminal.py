@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import log10
 from pathlib import Path
 
 import torch
@@ -19,17 +18,18 @@ from rich.text import Text
 from torch import Tensor
 
 from s3lab.algebra.compose import Bound
-from s3lab.algebra.couple import Coupled, CoupledPartition
+from s3lab.algebra.coupled import CoupledPartition
+from s3lab.algebra.fit import describe as describe
+from s3lab.algebra.fit import fit
 from s3lab.algebra.partition import Partition
 from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.algebra.spec import Pattern
-from s3lab.errors import DataError, ShapeError, SpecError
+from s3lab.errors import DataError, SpecError
 from s3lab.files import replacing
 from s3lab.lab import diagram, plot
 
 Shape = tuple[int, int]
 
-_SHAPES: tuple[Shape, ...] = ((8, 16), (8, 32), (16, 16), (16, 32), (32, 32), (64, 64), (128, 128), (256, 256))
 _LISTED: Shape = (256, 768)
 _MOST_ROWS = 64
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -52,23 +52,15 @@ def bind(pattern: Pattern, shapes: dict[str, Shape] | Shape | None = None) -> Bo
 
     Raises SpecError or ShapeError where it does not fit.
     """
-    names = _names(pattern)
     if shapes is not None:
-        if isinstance(shapes, dict) and not names:
+        if isinstance(shapes, dict) and not pattern.names:
             raise SpecError(f"{pattern} is of one weight: give --shape MxK, without the name {', '.join(shapes)}")
         return pattern.bind(shapes)
-    reason = ""
-    for M, K in _SHAPES:
-        try:
-            return bind(pattern, {name: (K, K) for name in names} if names else (M, K))
-        except (SpecError, ShapeError) as error:
-            reason = f"{error}"
-    told = "--shape NAME=MxK, for each" if names else "--shape MxK"
-    raise SpecError(f"{reason}\n    nor does a smaller shape fit: give one with {told}")
-
-
-def _names(pattern: Pattern) -> tuple[str, ...]:
-    return pattern.names if isinstance(pattern, Coupled) else ()
+    try:
+        return fit(pattern)
+    except SpecError as error:
+        told = "--shape NAME=MxK, for each" if pattern.names else "--shape MxK"
+        raise SpecError(f"{error}: give one with {told}") from None
 
 
 def project(bound: Bound | CoupledPartition, seed: int = 0) -> list[Picture]:
@@ -95,28 +87,6 @@ def _picture(title: str, part: Partition, mask: Tensor, first: int = 0) -> Pictu
     scope = part.scatter(torch.arange(part.S)[:, None].expand(part.S, part.B))
     block = part.scatter(first + torch.arange(part.B).expand(part.S, part.B))
     return Picture(title, part, scope, block, mask)
-
-
-def describe(bound: Bound | CoupledPartition) -> str:
-    """Return a pattern's facts in a few lines.
-
-    >>> print(describe(parse("2:4").bind((8, 16))))
-    2:4 on 8×16: 50% kept
-    32 scopes of 4 blocks of 1 weight
-    index 0.75 bits a weight, bitmask 1; about 10^24 masks
-    """
-    if isinstance(bound, CoupledPartition):
-        place, canonical = ", ".join(f"{name} {M}×{K}" for name, (M, K) in bound.shapes.items()), bound
-    else:
-        place, canonical = "×".join(map(str, bound.shape)), bound.first_part
-    first = "" if canonical is bound else f", of the first part {canonical.text}"
-    scopes, size = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((canonical.S, "scope"), (canonical.E, "weight")))
-    return (
-        f"{bound.text} on {place}: {100 * bound.density:.4g}% kept\n"
-        + f"{scopes} of {canonical.B} blocks of {size}{first}\n"
-        + f"index {bound.storage_bits:.4g} bits a weight, bitmask {bound.bitmask_bits:.4g}; "
-        + f"about 10^{int(log10(bound.mask_count))} masks"
-    )
 
 
 def draw(picture: Picture, width: int = 80, ascii_only: bool = False) -> Text:

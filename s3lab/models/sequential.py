@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from s3lab.errors import DataError
+from s3lab.markup import table
 from s3lab.models import corpus
 from s3lab.models.decoder import Decoder, find_decoder
 from s3lab.models.flow import Chunk, Flow, cut_chunks
@@ -63,6 +64,9 @@ class Run:
         """Share of the weights kept, over all matrices that were to be pruned."""
         sizes = [prod(row["shape"]) for row in self.matrices]
         return sum(row["density"] * n for row, n in zip(self.matrices, sizes, strict=True)) / sum(sizes)
+
+    def _repr_html_(self) -> str:
+        return table(self.matrices) + table(self.layers)
 
 
 def prune_model(

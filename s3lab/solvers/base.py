@@ -13,9 +13,11 @@ from torch import Tensor
 from s3lab.algebra import compose
 from s3lab.algebra.couple import Coupled
 from s3lab.algebra.coupled import CoupledPartition
+from s3lab.algebra.picture import draw_corner
 from s3lab.algebra.spec import Pattern
 from s3lab.algebra.stage import Decide, Stage
 from s3lab.errors import SolveError, SpecError
+from s3lab.markup import caption
 from s3lab.shapes import Bool, Float
 from s3lab.tensors.joint import join
 from s3lab.tensors.meter import Meter
@@ -52,6 +54,13 @@ class Solution:
             f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items() if v is not None
         )
         return f"Solution({str(self.spec)!r}, {self.solver}, shape={tuple(self.weight.shape)}, {told})"
+
+    def _repr_html_(self) -> str | None:
+        if self.spec.names:
+            return None
+        kept = self.mask.cpu().flatten()
+        drawing = draw_corner(self.spec.bind(self.mask.shape).first_part, lambda offset: bool(kept[offset]))
+        return caption(drawing, repr(self))
 
 
 @dataclass(frozen=True)

@@ -173,14 +173,21 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
         "--spec", action="append", required=True, metavar="SPEC", help="such as 2:4, or GLOB=SPEC, repeated"
     )
     prune.add_argument(
-        "--solver", action="append", metavar="NAME", help="sobs, sparsegpt, …, or GLOB=NAME (default: sobs)"
+        "--solver", action="append", metavar="NAME", help="sobs, sparsegpt, …, or GLOB=NAME (default: admm)"
     )
     prune.add_argument("--calibration", default="stdlib", metavar="TEXT", help="stdlib, a text file, c4, or wikitext")
     prune.add_argument("--sequences", type=int, default=128, metavar="N", help="of calibration text (default: 128)")
     prune.add_argument("--length", type=int, default=256, metavar="N", help="tokens in a sequence (default: 256)")
     prune.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the sequences (default: 0.1)")
-    prune.add_argument("--damp", type=float, default=1e-2, help="share of the mean diagonal (default: 0.01)")
+    prune.add_argument(
+        "--damp",
+        type=lambda text: text if text == "auto" else float(text),
+        default=1e-2,
+        metavar="SHARE",
+        help="share of the mean diagonal (default: 0.01), or auto: of some, the one of the least held-out error",
+    )
     prune.add_argument("--refit", action="store_true", help="fit the kept weights exactly after the solver")
+    prune.add_argument("--refine", action="store_true", help="exchange blocks as well, where that lowers the error")
     prune.add_argument("--hessians", choices=("pruned", "dense"), default="pruned", help="of which model's inputs")
     prune.add_argument("--batch", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
     prune.add_argument("--seed", type=int, default=0)

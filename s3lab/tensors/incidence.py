@@ -12,17 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s3lab.algebra.partition import Partition
 from s3lab.shapes import Integer
 
 
 @lru_cache(maxsize=4)
-def offsets(part: Partition, device: torch.device) -> Integer[Tensor, "S B E"]:
-    """Return the offset in the row-major weight of each element of each block."""
-    M, K = part.shape
-    return part.blocks(torch.arange(M * K, device=device).view(M, K)).contiguous()
-
-
 def link(members: Integer[Tensor, "N n"], count: int) -> Integer[Tensor, " count"]:
     """Return the smallest item that each of ``count`` items is linked to; a row of ``members`` links all its items.
 
@@ -94,19 +87,3 @@ def share(totals: Integer[Tensor, " N"], counts: Integer[Tensor, "N n"]) -> Inte
     whole = counts.sum(1, keepdim=True).clamp(min=1)
     reached = counts.cumsum(1) * totals[:, None] // whole
     return reached.diff(dim=1, prepend=torch.zeros_like(whole))
-
-
-def alike_rows(ids: Tensor) -> Integer[Tensor, "G R"]:
-    """Return the rows of a block-number matrix (M, K) in groups that share every block, so that they share one fate.
-
-    Where the groups are not of one size, each row is a group of its own, which is always right.
-
-    >>> alike_rows(torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]])).tolist()
-    [[0, 2], [1, 3]]
-    """
-    alone = torch.arange(len(ids), device=ids.device)
-    groups = tabulate(alone, ids[:, 0].long())
-    regular = bool((groups.items >= 0).all())
-    if regular and torch.equal(ids[groups.items], ids[groups.items[:, :1]].expand(*groups.items.shape, ids.shape[1])):
-        return groups.items[groups.items[:, 0].argsort()]
-    return alone[:, None]

@@ -8,6 +8,7 @@ import torch
 from s3lab import PATTERNS
 from s3lab.lab import cli
 from s3lab.models.pretrained import load_model
+from s3lab.solvers.damping import LADDER
 
 SMALL = ["--calibration", "stdlib", "--sequences", "4", "--length", "32"]
 
@@ -44,6 +45,13 @@ def test_prune_saves_a_model_that_loads_and_goes_on_where_it_was(tiny, tmp_path,
     assert "kept 46.4% of 8 matrices" in capsys.readouterr().out
 
 
+def test_prune_picks_the_damping_of_each_matrix_where_that_is_asked(tiny, tmp_path):
+    command = ["prune", str(tiny), "--spec", "2:4", "--damp", "auto", "--refine", *SMALL]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    matrices = json.loads((tmp_path / "out" / "s3lab.json").read_text())["matrices"]
+    assert all("ADMM" in row["solver"] and "Refine" in row["solver"] and row["damp"] in LADDER for row in matrices)
+
+
 def test_eval_prints_perplexities(tiny, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The statement number {i} is executed before the others." for i in range(60)))
@@ -61,6 +69,7 @@ def test_eval_prints_perplexities(tiny, tmp_path, capsys):
         (["prune", "TINY", "--spec", "2;4", *SMALL, "--out", "OUT"], "cannot read the spec at column 2"),
         (["prune", "TINY", "--spec", "2:4", "--solver", "obs", *SMALL, "--out", "OUT"], "no solver is called 'obs'"),
         (["prune", "nowhere/at-all", "--spec", "2:4", *SMALL, "--out", "OUT"], "no model can be loaded"),
+        (["prune", "TINY", "--spec", "2:4", "--damp", "-1", *SMALL, "--out", "OUT"], "damp = -1.0"),
         (["prune", "TINY", "--spec", "2:4", "--calibration", "no.txt", "--out", "OUT"], "no text in 'no.txt'"),
         (["prune", "TINY", "--spec", "*.mlp=2:4", *SMALL, "--out", "OUT"], "*.mlp"),
         (["eval", "TINY", "--text", "no.txt"], "no text in 'no.txt'"),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import s3lab as s3
-from s3lab.tensors.incidence import alike_rows, arrange, link, share, tabulate
+from s3lab.tensors.incidence import arrange, link, share, tabulate
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -87,9 +87,3 @@ def test_share_is_exact_and_fits(counts, data):
     total = data.draw(st.integers(0, sum(counts)))
     parts = share(torch.tensor([total]), torch.tensor([counts]))[0].tolist()
     assert sum(parts) == total and all(0 <= p <= n for p, n in zip(parts, counts, strict=True))
-
-
-def test_rows_with_one_fate_share_a_group():
-    numbers = s3.parse("1:2@4x2").bind((8, 8)).scatter(torch.arange(8).view(4, 2))
-    assert alike_rows(numbers).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert alike_rows(torch.tensor([[0, 1], [0, 2], [3, 1]])).tolist() == [[0], [1], [2]]

@@ -1,0 +1,65 @@
+"""Docstrings as Markdown: examples fenced, tables and lists of options in its own signs, names that are links."""
+
+import re
+from typing import Any
+
+from griffe import Extension, Object
+
+OPTION = re.compile(r"^(?P<names>[a-z_]+(?:, [a-z_]+)*)$")
+
+
+class Markdown(Extension):
+    """Rewrites each docstring as it is found; the source keeps the form that reads well in a terminal."""
+
+    def on_object(self, *, obj: Object, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = translate(obj.docstring.value)
+
+
+def translate(text: str) -> str:
+    """Return a docstring as Markdown, paragraph by paragraph.
+
+    >>> translate("One.\\n\\n>>> 1 + 1\\n2")
+    'One.\\n\\n```pycon\\n>>> 1 + 1\\n2\\n```'
+    """
+    return "\n\n".join(translate_paragraph(p) for p in re.split(r"\n[ \t]*\n", text.strip("\n")))
+
+
+def translate_paragraph(paragraph: str) -> str:
+    lines = paragraph.splitlines()
+    if lines[0].startswith(">>>"):
+        return "```pycon\n" + paragraph + "\n```"
+    if re.fullmatch(r"=+( +=+)+", lines[0]):
+        return write_table(lines)
+    if len(lines) > 1 and OPTION.match(lines[0]) and all(line.startswith("    ") or OPTION.match(line) for line in lines):
+        return write_options(lines)
+    return paragraph
+
+
+def write_table(lines: list[str]) -> str:
+    """Turn a table ruled with ``=`` into one with bars; a first column of its own is its head."""
+    starts = [found.start() for found in re.finditer(r"=+", lines[0])]
+    rows = [
+        [cell.strip().replace("``", "`").replace("|", "\\|") for cell in cut(line, starts)]
+        for line in lines
+        if not line.startswith("==")
+    ]
+    head = "| " + " | ".join("" for _ in starts) + " |"
+    return "\n".join([head, "|" + "---|" * len(starts), *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def cut(line: str, starts: list[int]) -> list[str]:
+    return [line[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def write_options(lines: list[str]) -> str:
+    """Turn options, each with its text indented below, into a list of definitions."""
+    written: list[str] = []
+    for line in lines:
+        if OPTION.match(line):
+            written += ["", *(", ".join(f"`{name}`" for name in line.split(", ")),)]
+        elif written[-1].startswith(("`",)):
+            written.append(f":   {line.strip()}")
+        else:
+            written.append(f"    {line.strip()}")
+    return "\n".join(written[1:])

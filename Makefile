@@ -40,7 +40,7 @@ reproduce: install
 	@$(BIN)/s3lab reproduce $(NOTEBOOKS) --profile $(PROFILE) --force
 
 test: install
-	@$(BIN)/python -m pytest --nbval-lax $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --nbval-lax $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -35,7 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
     for table in (config.rootpath / "figures").glob("prune_*.csv"):
         shutil.copy(table, figures.name)
     config.add_cleanup(figures.cleanup)
-    os.environ |= {"S3LAB_FIGURES": figures.name, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # side by side, workers share the cores out: more threads than these would wait for each other
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    torch.set_num_threads(threads)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": f"{threads}"}
+    os.environ["S3LAB_FIGURES"] = figures.name
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
-# make reproduce | test | lint | clean        (make help says more)
+# make lab | reproduce | test | lint | clean        (make help says more)
 PYTHON   ?= python3
 PROFILE  ?= quick
+OPEN     ?= 08_explore_patterns
 BIN      := .venv/bin
 STAMP    := .venv/installed
 
@@ -9,10 +10,11 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install reproduce test lint clean
+.PHONY: help install lab reproduce test lint clean
 .DEFAULT_GOAL := help
 
 help:
+	@echo "make lab         JupyterLab on the notebooks, with the pattern explorer open   OPEN=09_explore_pruning"
 	@echo "make reproduce   every notebook of a profile, into figures/     PROFILE=quick|paper|FILE  NOTEBOOKS='01 02'"
 	@echo "make test        the whole test suite, notebooks included       ARGS='-k layout'"
 	@echo "make lint        ruff, pyright, and notebooks without outputs"
@@ -35,6 +37,9 @@ install:
 	@if $(MAKE) --no-print-directory --question $(STAMP) 2>/dev/null; \
 	then echo "reusing .venv ($$(cat $(STAMP)), installed $$(date -r $(STAMP) '+%F %H:%M')): nothing to install"; \
 	else $(MAKE) --no-print-directory $(STAMP); fi
+
+lab: install
+	@cd notebooks && ../$(BIN)/jupyter lab $(OPEN).ipynb
 
 reproduce: install
 	@$(BIN)/s3lab reproduce $(NOTEBOOKS) --profile $(PROFILE) --force

@@ -36,7 +36,8 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the change of perplexity by each correction, per pattern and solver, with its interval over the seeds."""
     table = rows[rows["pattern"] != "dense"].pivot(index=KEYS[:3], columns="correction", values="perplexity")
-    change = 100 * (table.div(table["none"], axis=0) - 1).drop(columns="none").melt(ignore_index=False).reset_index()
+    change = 100 * (table.drop(columns="none").div(table["none"], axis=0) - 1)
+    change = change.melt(ignore_index=False).reset_index()
     found = change.dropna().groupby(["pattern", "solver", "correction"])["value"].agg(["count", "mean", "std"])
     found = found[found["count"] >= min(STUDENT)].reset_index()
     found["half_width"] = found["std"] / found["count"].map(sqrt) * found["count"].map(STUDENT)

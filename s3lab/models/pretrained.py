@@ -1,4 +1,4 @@
-"""A language model and its tokenizer by name: the one that ships with the package, a folder, or the hub's."""
+"""A language model and its tokenizer by name: one that ships with the package, a folder, or the hub's."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from s3lab.models.reference import REFERENCE_DIR
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SHIPPED = ("reference", "small")
+
 
 def load_model(
     name: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to evaluate, on ``device``.
 
-    ``name`` is "reference" for the model that ships with the package, a folder as ``save_pretrained`` leaves it,
+    ``name`` is "reference" or "small" for those that ship with the package, a folder as ``save_pretrained`` leaves it,
     or a model of the Hugging Face hub; ``dtype`` "auto" is the one it was saved in.  Weights come from
     safetensors only and no code comes with them.  DataError if the model cannot be had, or lacks weights.
 
@@ -30,7 +32,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = Path(REFERENCE_DIR if name == "reference" else name)
+    place = REFERENCE_DIR.parent / name if name in SHIPPED else Path(name)
     source, local = (str(place), True) if place.is_dir() else (str(name), False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)

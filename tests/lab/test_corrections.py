@@ -7,6 +7,7 @@ from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError
 from s3lab.lab.corrections import CORRECTIONS, Comparison
 from s3lab.models.finetune import Schedule
+from s3lab.models.pretrained import load_model
 from s3lab.models.reference import RECIPES, build
 
 
@@ -38,6 +39,12 @@ def test_a_model_weighs_as_much_as_its_bits_say(ground):
     matrices = sum(p.numel() for p in ground.dense.model.layers.parameters() if p.ndim == 2)
     lost = sum(p.numel() for p in ground.dense.model.layers[1].parameters())
     assert ground.measure_dense(smaller, "half")["bits"] == pytest.approx(16 * (1 - lost / matrices))
+
+
+def test_the_smaller_model_that_ships_weighs_no_more_than_the_larger_at_8_16(ground):
+    larger, smaller = (load_model(name)[0] for name in ("reference", "small"))
+    row = Comparison(larger, ground.calibration, ground.test).measure_dense(smaller, "small")
+    assert 8 < row["bits"] <= 16 / 2 + parse("8:16").bind((256, 256)).storage_bits
 
 
 def test_other_corrections_are_refused(ground):

@@ -1,4 +1,4 @@
-# make lab | reproduce | test | lint | clean        (make help says more)
+# make lab | reproduce | test | lint | docs | clean       (make help says more)
 PYTHON   ?= python3
 PROFILE  ?= quick
 OPEN     ?= 08_explore_patterns
@@ -10,13 +10,14 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install lab reproduce test lint clean
+.PHONY: help install lab reproduce test lint docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make lab         JupyterLab on the notebooks, with the pattern explorer open   OPEN=09_explore_pruning"
 	@echo "make reproduce   every notebook of a profile, into figures/     PROFILE=quick|paper|FILE  NOTEBOOKS='01 02'"
 	@echo "make test        the whole test suite, notebooks included       ARGS='-k layout'"
+	@echo "make docs        the documentation, into site/, from pages, docstrings and notebooks"
 	@echo "make lint        ruff, pyright, and notebooks without outputs"
 	@echo "make clean       remove .venv, caches and executed notebooks; figures stay"
 	@echo "The first call makes .venv and installs the project there (PYTHON=$(PYTHON), 3.11 or newer)."
@@ -52,6 +53,11 @@ lint: install
 	$(BIN)/pyright
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
+# Warnings are errors (mkdocs.yml); the notice of what follows the theme is none of them.
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build > .venv/docs.log 2>&1 || { grep -v '^INFO' .venv/docs.log; exit 1; }
+	@echo "the documentation is site/index.html"
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis figures/runs
+	rm -rf .venv build site *.egg-info .pytest_cache .ruff_cache .hypothesis figures/runs
 	find s3lab tests -name __pycache__ -type d -exec rm -rf {} +

@@ -13,7 +13,7 @@ from s3lab.models.reference import REFERENCE_DIR
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SHIPPED = ("reference", "small")
+SHIPPED = ("reference", "small", "tiny")
 
 
 def load_model(
@@ -21,8 +21,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to evaluate, on ``device``.
 
-    ``name`` is "reference" or "small" for those that ship with the package, a folder as ``save_pretrained`` leaves it,
-    or a model of the Hugging Face hub; ``dtype`` "auto" is the one it was saved in.  Weights come from
+    ``name`` is "reference", "small" or "tiny" for those that ship with the package, a folder as ``save_pretrained``
+    leaves it, or a model of the Hugging Face hub; ``dtype`` "auto" is the one it was saved in.  Weights come from
     safetensors only and no code comes with them.  DataError if the model cannot be had, or lacks weights.
 
     >>> model, tokenizer = load_model("reference")

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from s3lab.errors import DataError, SolveError, SpecError
 from s3lab.models import corpus, reference
+from s3lab.models.pretrained import SHIPPED
 from s3lab.models.reference import (
     REFERENCE_DIR,
     Recipe,
@@ -71,14 +73,25 @@ def test_the_shipped_architecture(shipped):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_the_shipped_files_are_small_safe_and_of_the_recipe(shipped):
-    files = {path.name: path.stat().st_size for path in REFERENCE_DIR.iterdir()}
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_files_are_small_safe_and_of_the_recipe(name):
+    folder = REFERENCE_DIR.parent / name
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert sum(files.values()) <= 12e6
     assert {"config.json", "model.safetensors", "tokenizer.json", "training.csv", "README.md"} <= set(files)
     assert not [name for name in files if not name.endswith((".safetensors", ".json", ".csv", ".md"))]
-    record = json.loads((REFERENCE_DIR / "record.json").read_text())
-    assert Recipe(**record["recipe"]) == reference.RECIPES["reference"]
-    assert record["parameters"] == sum(p.numel() for p in shipped[0].parameters())
+    record = json.loads((folder / "record.json").read_text())
+    assert Recipe(**record["recipe"]) == reference.RECIPES[name]
+    assert record["parameters"] == sum(p.numel() for p in load_reference(folder)[0].parameters())
+
+
+def test_each_shipped_model_weighs_what_the_next_larger_one_does_at_8_16():
+    """Its matrices at half their weights and 0.875 bits of index each (REFERENCES, arXiv 2507.03052), the rest dense."""
+    for larger, smaller in pairwise(SHIPPED):
+        model, other = (load_reference(REFERENCE_DIR.parent / name)[0] for name in (larger, smaller))
+        matrices = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+        pruned = matrices * (0.5 + 0.875 / 16) + sum(p.numel() for p in model.parameters()) - matrices
+        assert sum(p.numel() for p in other.parameters()) == pytest.approx(pruned, rel=0.03)
 
 
 def test_the_shipped_model_is_stored_in_bfloat16_and_loads_in_it(shipped):

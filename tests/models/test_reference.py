@@ -86,12 +86,12 @@ def test_the_shipped_files_are_small_safe_and_of_the_recipe(name):
 
 
 def test_each_shipped_model_weighs_what_the_next_larger_one_does_at_8_16():
-    """Its matrices at half their weights and 0.875 bits of index each (REFERENCES, arXiv 2507.03052), the rest dense."""
+    """Half of the matrices' weights and an index of 0.875 bits each (arXiv 2507.03052), the rest dense."""
     for larger, smaller in pairwise(SHIPPED):
         model, other = (load_reference(REFERENCE_DIR.parent / name)[0] for name in (larger, smaller))
         matrices = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
         pruned = matrices * (0.5 + 0.875 / 16) + sum(p.numel() for p in model.parameters()) - matrices
-        assert sum(p.numel() for p in other.parameters()) == pytest.approx(pruned, rel=0.03)
+        assert sum(p.numel() for p in other.parameters()) == pytest.approx(pruned, rel=0.04)
 
 
 def test_the_shipped_model_is_stored_in_bfloat16_and_loads_in_it(shipped):

@@ -6,20 +6,35 @@ True
 
 
 class S3Error(ValueError):
-    """The base of every error that s3lab raises on purpose."""
+    """The base of every error that is raised by s3lab on purpose: catch it to catch them all."""
 
 
 class SpecError(S3Error):
-    """A specification that cannot be: its text, its layout, or a mask that breaks it."""
+    """A specification that cannot be.
+
+    Raised where a text cannot be read, a layout does not exist, a pattern does not fit a shape, or a mask breaks its
+    pattern.
+    """
 
 
 class ShapeError(S3Error):
-    """A tensor that does not fit what it is given to."""
+    """A tensor that does not fit what it is given to.
+
+    Raised for another shape, dtype or device than expected, and for NaN and Inf.
+    """
 
 
 class SolveError(S3Error):
-    """A solve that cannot go on."""
+    """A solve that cannot go on.
+
+    Raised for an unknown solver, options that cannot be, a missing second moment, and a factorisation that no damping
+    saves.
+    """
 
 
 class DataError(S3Error):
-    """Text, a model or a file that is not there or is not right."""
+    """Text, a model or a file that is not there or is not right.
+
+    Raised for a source that cannot be read, too little text, a model of an unknown build, and a run directory of
+    other settings.
+    """

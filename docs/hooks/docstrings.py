@@ -31,13 +31,13 @@ def translate_paragraph(paragraph: str) -> str:
         return "```pycon\n" + paragraph + "\n```"
     if re.fullmatch(r"=+( +=+)+", lines[0]):
         return write_table(lines)
-    if len(lines) > 1 and OPTION.match(lines[0]) and all(line.startswith("    ") or OPTION.match(line) for line in lines):
-        return write_options(lines)
+    if len(lines) > 1 and OPTION.match(lines[0]) and all(OPTION.match(line) or line[:4] == "    " for line in lines):
+        return write_options(paragraph)
     return paragraph
 
 
 def write_table(lines: list[str]) -> str:
-    """Turn a table ruled with ``=`` into one with bars; a first column of its own is its head."""
+    """Turn a table ruled with ``=``, which has no head, into one with bars."""
     starts = [found.start() for found in re.finditer(r"=+", lines[0])]
     rows = [
         [cell.strip().replace("``", "`").replace("|", "\\|") for cell in cut(line, starts)]
@@ -52,14 +52,16 @@ def cut(line: str, starts: list[int]) -> list[str]:
     return [line[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
 
 
-def write_options(lines: list[str]) -> str:
-    """Turn options, each with its text indented below, into a list of definitions."""
-    written: list[str] = []
-    for line in lines:
-        if OPTION.match(line):
-            written += ["", *(", ".join(f"`{name}`" for name in line.split(", ")),)]
-        elif written[-1].startswith(("`",)):
-            written.append(f":   {line.strip()}")
-        else:
-            written.append(f"    {line.strip()}")
-    return "\n".join(written[1:])
+def write_options(paragraph: str) -> str:
+    """Turn options, each with its text indented below, into a list of definitions.
+
+    >>> write_options("rows\\n    at a time,\\n    or None")
+    '`rows`\\n:   at a time,\\n    or None'
+    """
+    entries = re.split(r"\n(?! )", paragraph)
+    return "\n\n".join(write_option(*entry.split("\n", 1)) for entry in entries)
+
+
+def write_option(names: str, told: str = "") -> str:
+    terms = ", ".join(f"`{name}`" for name in names.split(", "))
+    return f"{terms}\n:   {told.strip()}"

@@ -71,7 +71,8 @@ def write_page(path: Path, figures: Path) -> tuple[str, str, str | None]:
 def find_outputs(notebook: NotebookNode, stem: str, runs: Path) -> list[list[NotebookNode]]:
     """Return the outputs of each cell, from an executed copy if its cells are the same."""
     for copy in sorted(runs.glob(f"{stem}*.ipynb")):
-        ran = [c for c in nbformat.read(copy, as_version=4).cells if "injected-parameters" not in c.metadata.get("tags", [])]
+        cells = nbformat.read(copy, as_version=4).cells
+        ran = [cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
         if [c.source for c in ran] == [c.source for c in notebook.cells]:
             return [c.get("outputs", []) for c in ran]
     return [c.get("outputs", []) for c in notebook.cells]
@@ -79,8 +80,8 @@ def find_outputs(notebook: NotebookNode, stem: str, runs: Path) -> list[list[Not
 
 def find_drawn(stem: str, figures: Path) -> list[str]:
     """Return the names of the figures whose records say that this notebook drew them."""
-    images = sorted(figures.glob("*.png"))
-    return [image.stem for image in images if Path(json.loads(image.with_suffix(".json").read_text())["notebook"]).stem == stem]
+    records = [path for path in sorted(figures.glob("*.json")) if path.with_suffix(".png").exists()]
+    return [path.stem for path in records if Path(json.loads(path.read_text())["notebook"]).stem == stem]
 
 
 def figure_names(source: str) -> list[str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from textwrap import dedent
 
 from s3lab.algebra import text as language
-from s3lab.algebra.couple import Coupled
 from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.lab.gallery import GALLERY
 
@@ -15,20 +14,17 @@ SHAPE = 256, 512  # that every named pattern divides
 
 
 def write_patterns() -> str:
+    """Return a row for each named pattern, counted on a weight of `SHAPE`."""
     lines = [
         "| name | text | S × B × E | density | storage, bits per weight | proposed by |",
         "|---|---|---|---:|---:|---|",
     ]
     for name, text in PATTERNS.items():
-        pattern = parse(name)
-        if isinstance(pattern, Coupled):
-            raise TypeError(f"{name} couples tensors and has no shape of one weight: give it a table of its own")
-        bound = pattern.bind(SHAPE)
-        part = bound.first_part
+        bound = parse(name).bind(SHAPE)
+        part, told = bound.first_part, text.replace("|", "\\|")
         source = GALLERY[name].source if name in GALLERY else ""
-        cut = f"{part.S} × {part.B} × {part.E}"
-        text = text.replace("|", "\\|")
-        lines.append(f"| `{name}` | `{text}` | {cut} | {bound.density:.4g} | {bound.storage_bits:.3f} | {source} |")
+        counts = f"{part.S} × {part.B} × {part.E}"
+        lines.append(f"| `{name}` | `{told}` | {counts} | {bound.density:.4g} | {bound.storage_bits:.3f} | {source} |")
     return "\n".join(lines)
 
 
@@ -41,21 +37,15 @@ def write_speed() -> str:
     """Return the solvers of this package in the committed measurement of their speed."""
     with (ROOT / "benchmarks" / "results" / "compare_solvers_speed.csv").open() as lines:
         rows = [row for row in csv.DictReader(lines) if row["method"] in METHODS]
-    head = ["| method | error | held-out error | time, s | memory above the start, MiB |", "|---|---:|---:|---:|---:|"]
-    return "\n".join(
-        [
-            *head,
-            *(
-                f"| `{row['method']}` | {float(row['error']):.1%} | {float(row['error_test']):.1%} "
-                f"| {float(row['time_s']):.2f} | {float(row['mem_mib'] or 0):.0f} |"
-                for row in rows
-            ),
-        ]
-    )
+    lines = ["| method | error | held-out error | time, s | memory above the start, MiB |", "|---|---:|---:|---:|---:|"]
+    for row in rows:
+        error, unseen, time_s, mem_mib = (float(row[key]) for key in ("error", "error_test", "time_s", "mem_mib"))
+        lines.append(f"| `{row['method']}` | {error:.1%} | {unseen:.1%} | {time_s:.2f} | {mem_mib:.0f} |")
+    return "\n".join(lines)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    for mark, write in {"{{ patterns }}": write_patterns, "{{ grammar }}": write_rules, "{{ speed }}": write_speed}.items():
-        if mark in markdown:
+    for name, write in {"patterns": write_patterns, "grammar": write_rules, "speed": write_speed}.items():
+        if (mark := "{{ " + name + " }}") in markdown:
             markdown = markdown.replace(mark, write())
     return markdown

@@ -60,8 +60,9 @@ class Plus(Pattern):
     """``main plus salient``: the blocks that ``salient`` keeps stay in full, ``main`` is applied to the rest.
 
     A scope of ``main`` keeps as many blocks as ever among those that are not salient, and all of them where fewer are
-    left.  Salient blocks are those of the highest score, of a solver that scores, and otherwise
-    those whose removal alone would cost the most; ``salient=`` of `prune` has them picked by any score.
+    left.  Salient blocks are those of the highest score, of a solver that scores, and otherwise those whose removal
+    alone would cost the most; ``salient=`` of `prune` has them picked by any score.  ``bind`` raises SpecError where a
+    part does not fit a weight (M, K).
 
     Source: structured salient weights, arXiv 2507.03052; tiles dense or 2:4 (PATCH) are ``2:4 plus 50%@128x128``.
 

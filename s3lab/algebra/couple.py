@@ -24,7 +24,8 @@ class Member:
     """A tensor of a coupling: its name, its view and block, and the order in which its grid's modes are taken.
 
     A member that ``follows`` is pruned with the blocks of the others and has no say in which: the rows of a layer
-    whose outputs a removed column of the next would read.
+    whose outputs a removed column of the next would read.  Raises SpecError for a name that is empty or has a double
+    quote, and for a block of other modes than the view.
 
     >>> str(Member("gate_proj", Block((1, "K")), follows=True))
     'gate_proj: (1,K) follows'
@@ -73,7 +74,12 @@ class Group:
     """Tensors whose blocks at one place of their grids share one fate, and the scope they compete in.
 
     Grids are compared by their extents above 1.  ``scope`` counts blocks along the modes of the first tensor's grid;
-    None is the whole grid.
+    None is the whole grid.  Raises SpecError without tensors, and where all of them follow.
+
+    >>> group = Group((Member("q", Block((64, "K"))), Member("o", Block(("M", 64)))))
+    >>> layouts = group.bind({"q": (128, 32), "o": (48, 128)})
+    >>> [(name, *(mode.size for mode in layout)) for name, layout in layouts.items()]
+    [('q', 1, 2, 2048), ('o', 1, 2, 3072)]
     """
 
     members: tuple[Member, ...]

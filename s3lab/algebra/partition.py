@@ -27,7 +27,15 @@ class Partition:
 
     S scopes of B blocks of E elements, S·B·E = M·K; each scope keeps ``keep`` of its B blocks, and with ``lines``
     that many of each row and of each column of the square that they are.  Made by `Spec.bind`, which checks that the
-    layout is a bijection.
+    layout is a bijection.  Its methods raise ShapeError for tensors of another shape than (M, K), or (S, B, E).
+
+    >>> import torch
+    >>> from s3lab import parse
+    >>> part = parse("2:4").bind((2, 8))
+    >>> part.S, part.B, part.E, part.density, part.storage_bits
+    (4, 4, 1, 0.5, 0.75)
+    >>> part.project(torch.tensor([[4.0, 3, 2, 1, 1, 2, 3, 4]] * 2))[0].tolist()
+    [True, True, False, False, False, False, True, True]
     """
 
     text: str

@@ -82,6 +82,8 @@ MATRIX = View()
 class Block:
     """The atom of pruning, kept or pruned whole: its extent along each mode of the view.
 
+    Raises SpecError for what is no group of sizes.
+
     >>> str(Block((1, 1, 1, 2)))
     '(1,1,1,2)'
     """
@@ -101,7 +103,7 @@ class Scope:
 
     ``keep`` is a count (int), or a share above 0 and below 1 (Fraction or float) of the scope's blocks, rounded
     to the nearest count, halves up.  With ``each_way`` a scope is a square of blocks, and each of its rows and each
-    of its columns keeps that count: transposable N:M.
+    of its columns keeps that count: transposable N:M.  Raises SpecError for a budget that is neither.
 
     >>> str(Scope((1, 4), keep=2)), str(Scope(("M", "K"), keep=0.5)), str(Scope((4, 4), keep=2, each_way=True))
     ('(1,4) keep 2', '(M,K) keep 50%', '(4,4) keep 2 each way')
@@ -152,7 +154,12 @@ class Scope:
 class Pattern(ABC):
     """What `parse` gives: an immutable, hashable description that binds to the shape of a weight, or of several.
 
-    ``str(pattern)`` is its shortest text, and `parse` reads it back.  A notebook shows it as a small drawing.
+    ``str(pattern)`` is its shortest text, and `parse` reads it back.  A notebook shows it as a small drawing.  `Spec`,
+    `Then`, `Plus` and `Coupled` are the kinds.  ``bind`` and ``check`` raise SpecError where the pattern does not fit.
+
+    >>> from s3lab import parse
+    >>> isinstance(parse("2:4"), Pattern), parse("2:4 each way").names, parse("q: (1,1) & k: (1,1) keep 50%").names
+    (True, (), ('q', 'k'))
     """
 
     @property

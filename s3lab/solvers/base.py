@@ -38,6 +38,11 @@ class Solution:
     ``error`` and ``error_test`` are relative output errors on the calibration and the held-out moment, None without
     one.  ``solver`` is the repr that made it; ``stats`` holds ``time_s``, ``mem_mib`` (peak above the start),
     ``damp`` as used, and what the solver has to say.
+
+    >>> import s3lab as s3
+    >>> solution = s3.prune(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), "2:4", torch.eye(4), "magnitude")
+    >>> solution.weight.tolist(), solution.mask.tolist(), f"{solution.error:.3f}"
+    ([[3.0, 0.0, 0.0, 4.0]], [[True, False, False, True]], '0.408')
     """
 
     weight: Float[Tensor, "M K"]

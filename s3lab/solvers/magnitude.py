@@ -14,6 +14,8 @@ from s3lab.tensors.problem import Problem
 class Magnitude(ScoreSolver):
     """Keep the blocks of the largest Euclidean norm, Σ w² over the block; needs no Hessian.  Cost: M·K.
 
+    W (M, K) alone decides.  Raises SpecError where the pattern does not fit it.
+
     >>> import torch
     >>> import s3lab as s3
     >>> W, H = torch.tensor([[4.0, 1.0, 1.0, 4.0]]), torch.diag(torch.tensor([1.0, 100.0, 100.0, 1.0]))

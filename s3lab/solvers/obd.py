@@ -15,7 +15,8 @@ class OBD(ScoreSolver):
     """Keep the blocks of the largest Σ ½ h_jj w_ij² with the diagonal of the damped H.  Cost: M·K.
 
     Source: LeCun, Denker, Solla, *Optimal Brain Damage*, 1989, equation 5.  On single weights in scopes of one row
-    the order is Wanda's but for the damping; on larger blocks Wanda adds the roots.
+    the order is Wanda's but for the damping; on larger blocks Wanda adds the roots.  W (M, K), H (K, K); raises
+    SolveError without an H.
 
     >>> import torch
     >>> import s3lab as s3

@@ -28,7 +28,7 @@ class Refit:
     Conjugate gradients with H's diagonal as preconditioner, on all rows at once, each row with its own step lengths;
     a step is one M×K×K product.  Stops when ‖(Ŵ−W)H‖ on the support is below ``tolerance``·‖WH‖ for every row, or
     no row gains any more.  ``tolerance`` None means 1e-12 in float64 and 1e-4 in float32, which leaves the error
-    within 1e-6 of its least.
+    within 1e-6 of its least.  Raises SolveError for options that cannot be, ShapeError for a mask that is not (M, K).
 
     Source: Hestenes and Stiefel, 1952; the use after pruning as in ALPS (Meng et al., 2024).
 

@@ -47,8 +47,9 @@ class SOBS(Solver):
         the budget by w²/C₀_jj.
 
     Cost: K³/12 operations and K²/8 numbers a row for narrow scopes, K³ and 3K² for scopes as wide as the weight,
-    where the textbook method takes K³ and K².  Source: Ghriss, arXiv 2604.11315, section on S-OBS; Hassibi and
-    Stork, *Optimal Brain Surgeon*, 1993.
+    where the textbook method takes K³ and K².  Raises SolveError for options that cannot be.
+
+    Source: Ghriss, arXiv 2604.11315, section on S-OBS; Hassibi and Stork, *Optimal Brain Surgeon*, 1993.
 
     >>> import s3lab as s3
     >>> H = s3.hessian(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))

@@ -23,7 +23,7 @@ class MatchVariance(Solver):
     """What ``solver`` finds, its weights stretched by `match_variance` to the variance of the dense ones.
 
     The mask is the inner solver's.  Made for scores, which leave weights as they are; what a solver has fitted has
-    its least error already, and loses by it.  A later ``refit`` undoes it.
+    its least error already, and loses by it.  A later ``refit`` undoes it.  Raises SolveError where ``solver`` is none.
 
     >>> import s3lab as s3
     >>> H, corrected = torch.eye(4), MatchVariance(s3.Wanda())

@@ -15,7 +15,8 @@ class Wanda(ScoreSolver):
     """Keep the blocks of the largest Σ |w_ij| ‖X_j‖, ‖X_j‖² = T·H_jj, undamped.  Cost: M·K.
 
     Source: Sun et al., *A Simple and Effective Pruning Approach for Large Language Models*, 2023, whose scopes are
-    rows or N:M groups; here any scope, and blocks by the sum of their elements.
+    rows or N:M groups; here any scope, and blocks by the sum of their elements.  W (M, K), H (K, K); raises
+    SolveError without an H.
 
     >>> import torch
     >>> import s3lab as s3

@@ -19,7 +19,8 @@ class Moment:
     """Running second moment XᵀX / T of batches of inputs.
 
     Products are taken in float32 (float64 for float64 inputs) and summed in float64, on the device of the first
-    batch.  Cost: 2·T·K² operations and one K×K matrix.
+    batch.  Cost: 2·T·K² operations and one K×K matrix.  Raises ShapeError for what is no batch of
+    inputs (…, K), and for no tokens.
 
     >>> moment = Moment()
     >>> for batch in torch.eye(2), torch.ones(2, 2):

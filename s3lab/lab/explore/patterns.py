@@ -76,7 +76,8 @@ class PatternExplorer(Explorer):
         )
         self.weight = Dropdown(description="weight", style=WIDE)
         self.grid, self.facts = Grid(), HTML()
-        self._still, self._slides = {"text/plain": ""}, True
+        self._shown: tuple[Cells, str, str] | None = None
+        self._slides = True
         shape_row, score_row = HBox([self.rows, self.columns]), HBox([self.scores, self.seed])
         controls = VBox([self.names, self.spec, self.message, shape_row, self.keep, score_row, self.weight, self.facts])
         self.children = [self.view, HBox([controls, self.grid], layout=Layout(flex_flow="row wrap", grid_gap="1em"))]
@@ -92,19 +93,22 @@ class PatternExplorer(Explorer):
             raise ShapeError(f"{shape[0]}×{shape[1]} are more than {_MOST} weights: make M or K less")
         bound = pattern.bind({name: shape for name in pattern.names} if pattern.names else shape)
         part, mask, first = self._project(bound)
-        offsets, width = _arrange(_view_of(pattern), part, self.view.value)
+        offsets, width = _arrange(_view_of(pattern), part, str(self.view.value))
         scope, block = find_places(part, offsets)
         flat = mask.flatten().tolist()
         cells = Cells(width, offsets, scope, [first + b for b in block], [flat[offset] for offset in offsets])
         self.grid.show(cells, shape[1], bound.text)
         more = f"\nthe first {len(offsets)} weights are drawn" if len(offsets) < shape[0] * shape[1] else ""
         self.facts.value = f'<div style="white-space:pre-line;line-height:1.4">{escape(describe(bound) + more)}</div>'
-        self._still = {"image/svg+xml": draw_cells(cells, label=bound.text), "text/plain": describe(bound)}
+        self._shown = cells, bound.text, describe(bound)
         self._show_keep(pattern, part)
 
     def picture(self) -> dict[str, str]:
         """Return the drawing as SVG, and the facts as text."""
-        return self._still
+        if self._shown is None:
+            return {"text/plain": "no pattern yet"}
+        cells, text, told = self._shown
+        return {"image/svg+xml": draw_cells(cells, label=text), "text/plain": told}
 
     def _project(self, bound: Any) -> tuple[Partition, Tensor, int]:
         """The part that is shown, the mask, and the number of the part's first block."""
@@ -206,6 +210,6 @@ def load_layer(name: str) -> Layer:
     from s3lab.models.reference import load_reference
 
     model, tokenizer = load_reference()
-    texts = [corpus.tokens(tokenizer, split, 256, 16, 0) for split in ("calibration", "test")]
-    (layer,) = layers_of_model(model, *texts, name)
+    calibration, test = (corpus.tokens(tokenizer, split, 256, 16, 0) for split in ("calibration", "test"))
+    (layer,) = layers_of_model(model, calibration, test, name)
     return layer

@@ -74,7 +74,7 @@ class PruningExplorer(Explorer):
             self.results,
             self.portrait,
         ]
-        self.prune.on_click(lambda _: self.start(self.solver.value))
+        self.prune.on_click(lambda _: self.start(str(self.solver.value)))
         self.every.on_click(lambda _: self.start(*SOLVERS))
         self.halt.on_click(lambda _: self.stop())
         self.spec.observe(lambda _: self.attempt(self._bind), "value")
@@ -93,7 +93,7 @@ class PruningExplorer(Explorer):
             self.halt.disabled = False
             self.progress.value, self.progress.max, self.progress.bar_style = 0, len(solvers), "info"
             self.status.value = f"{solvers[0]} on {self.spec.value} …"
-            place, damp = (self.layer.value, self.spec.value), self.damp.value
+            place, damp = (str(self.layer.value), self.spec.value), self.damp.value
 
             def take(result: dict[str, Any]) -> None:
                 self._take(place, damp, result)
@@ -121,7 +121,7 @@ class PruningExplorer(Explorer):
             self.figures.value = table([{key: row[key] for key in columns} for row in rows])
             df = pd.DataFrame(rows).drop_duplicates(["spec", "solver"], keep="last")
             self.results.value = write_png(plot.bars(df, "spec", "error_percent", "solver", ylabel="output error (%)"))
-            last, layer = rows[-1], self.layers[self.layer.value]
+            last, layer = rows[-1], self.layers[str(self.layer.value)]
             error = measure_rows(layer.W, last["weight"], layer.H)
             title = f"{last['solver']} on {last['spec']}: {last['layer']}"
             self.portrait.value = write_png(draw_portrait(layer.W, last["weight"], last["mask"], error, title=title))
@@ -132,7 +132,7 @@ class PruningExplorer(Explorer):
         return self._still
 
     def _bind(self) -> None:
-        parse(self.spec.value).bind(tuple(self.layers[self.layer.value].W.shape))
+        parse(self.spec.value).bind(tuple(self.layers[str(self.layer.value)].W.shape))
 
     def _take(self, place: tuple[str, str], damp: float, result: dict[str, Any]) -> None:
         percents = {f"{key}_percent": 100 * result[key] for key in ("error", "error_test")}
@@ -160,5 +160,7 @@ def load_layers() -> dict[str, Matrix]:
     from s3lab.models.reference import load_reference
 
     model, tokenizer = load_reference()
-    texts = [corpus.tokens(tokenizer, split, 256, count, 0) for split, count in (("calibration", 64), ("test", 16))]
-    return {layer.name: layer for layer in layers_of_model(model, *texts, "model.layers.3.*")}
+    calibration, test = (
+        corpus.tokens(tokenizer, split, 256, count, 0) for split, count in (("calibration", 64), ("test", 16))
+    )
+    return {layer.name: layer for layer in layers_of_model(model, calibration, test, "model.layers.3.*")}

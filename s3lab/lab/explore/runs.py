@@ -67,7 +67,7 @@ class RunExplorer(Explorer):
         self.summary.value = table([_summarise(name, *tables) for name, tables in read.items()])
         if self.matrices.empty:
             raise DataError(f"no layer is finished yet in {', '.join(self.runs)}: wait, or look again")
-        self.image.value = write_png(draw_run(self.matrices, self.layers, self.figure.value))
+        self.image.value = write_png(draw_run(self.matrices, self.layers, str(self.figure.value)))
 
     def picture(self) -> dict[str, str]:
         """Return the chosen figure."""
@@ -115,7 +115,7 @@ def draw_run(matrices: pd.DataFrame, layers: pd.DataFrame, figure: str) -> Figur
     if figure == "error by depth and type":
         return plot.curves(matrices, x, y, "run", panel="kind", ylabel="error (%)", width=plot.PAGE)
     if figure == "mean error by type":
-        means = matrices.groupby([x, "run"], sort=False)[y].mean().reset_index()
+        means: Any = matrices.groupby([x, "run"], sort=False)[y].mean().reset_index()
         return plot.bars(means, x, y, "run", ylabel="mean error (%)")
     return plot.curves(matrices, x, y, "run", xlabel="matrices pruned", ylabel="solver time (s)")
 
@@ -123,8 +123,14 @@ def draw_run(matrices: pd.DataFrame, layers: pd.DataFrame, figure: str) -> Figur
 def _summarise(name: str, matrices: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
     if matrices.empty:
         return {"run": name, "layers": 0, "matrices": 0, "error_percent": None, "time_s": None}
-    mean, time_s = float(matrices["error_percent"].mean()), float(layers["time_s"].iloc[-1])
-    return {"run": name, "layers": len(layers), "matrices": len(matrices), "error_percent": mean, "time_s": time_s}
+    mean, time_s = matrices["error_percent"].to_numpy().mean(), layers["time_s"].to_numpy()[-1]
+    return {
+        "run": name,
+        "layers": len(layers),
+        "matrices": len(matrices),
+        "error_percent": float(mean),
+        "time_s": float(time_s),
+    }
 
 
 def _find(folder: Path) -> Path:

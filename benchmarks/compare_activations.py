@@ -4,7 +4,7 @@
 
 A seed draws the calibration text, the windows that perplexity is measured on, and what learning sees.  Writes
 benchmarks/results/compare_activations.csv, a row for each combination and seed, as it goes, and goes on from there;
-and compare_activations_gains.csv, each correction's gain with its 95 % interval over the seeds.
+and compare_activations_gains.csv, each correction's gain with its 95 % interval over the seeds, where it has several.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from s3lab.models.reference import load_reference, perplexity
 
 RESULTS = Path(__file__).parent / "results" / "compare_activations.csv"
 PATTERNS = ["2:4", "4:8", "8:16", "16:32", "50%/row"]
-CRITERIA = ["act", "clact", "amber"]
 CORRECTIONS = {
     "none": {},
     "D-PTS median": {"shift": "median"},
@@ -52,7 +51,7 @@ def measure(args: argparse.Namespace, seed: int, pattern: str) -> Iterator[dict[
     calibration = corpus.tokens(tokenizer, "calibration", LENGTH, args.sequences, seed)
     test = corpus.tokens(tokenizer, "test", LENGTH, args.windows, seed)
     learning = Learning(args.steps, args.lr, args.tokens, at_once=64, seed=seed)
-    for row in compare_inputs(model, calibration, test, [pattern], CRITERIA, CORRECTIONS, learning):
+    for row in compare_inputs(model, calibration, test, [pattern], args.criteria, CORRECTIONS, learning):
         yield {"pruned": "inputs", **row}
     dense = row["dense_perplexity"]
     for solver in args.solvers:
@@ -66,6 +65,7 @@ def measure(args: argparse.Namespace, seed: int, pattern: str) -> Iterator[dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--criteria", nargs="+", default=["act", "clact", "amber"])
     parser.add_argument("--solvers", nargs="+", default=["magnitude", "wanda", "sparsegpt"])
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--sequences", type=int, default=4)
@@ -98,10 +98,9 @@ def main() -> None:
                 rows += [{**row, **facts} for row in found]
                 write(args.out, pd.DataFrame(rows).to_csv(index=False).encode())
     table = pd.DataFrame(rows)
+    by = ["pattern", "criterion", "correction"]
     corrected = table[(table["pruned"] == "inputs") & (table["correction"] != "none")]
-    gains = (
-        find_gains(corrected, ["pattern", "criterion", "correction"]) if table["seed"].nunique() > 1 else pd.DataFrame()
-    )
+    gains = find_gains(corrected.groupby(by).filter(lambda group: len(group) > 1), by)
     write(args.out.with_name("compare_activations_gains.csv"), gains.to_csv(index=False).encode())
     print(table.groupby(["pruned", "criterion", "correction", "pattern"], sort=False)["loss_percent"].mean().unstack())
 

@@ -5,13 +5,14 @@ Source: arXiv 2509.22166, of which REFERENCES.md tells what was read and what is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from s3lab.algebra.layout import Layout
+from s3lab.algebra.choose import keep_highest
 from s3lab.algebra.partition import Partition
 from s3lab.algebra.spec import Pattern, Spec
 from s3lab.errors import ShapeError, SpecError
@@ -20,17 +21,32 @@ from s3lab.shapes import Bool, Float
 Centre = Literal["median", "mean"]
 
 
+@dataclass(frozen=True, eq=False)
+class TokenPattern:
+    """A pattern on the ``K`` features of a token: each scope of ``B`` blocks of ``E`` features keeps ``keep`` blocks.
+
+    ``order`` (K,) has the features scope by scope and block by block, None where that is how they stand.
+    """
+
+    text: str
+    K: int
+    B: int
+    E: int
+    keep: int
+    order: Tensor | None
+
+
 @lru_cache(maxsize=256)
-def bind_token(pattern: Pattern, K: int) -> Partition:
-    """Return a pattern on the K features of one token, (1, K), to be pruned alike whatever tokens stand beside it.
+def bind_token(pattern: Pattern, K: int) -> TokenPattern:
+    """Return a pattern on the K features of one token, to be pruned alike whatever tokens stand beside it.
 
     A token is then pruned the same in a long prompt, in a padded batch, and alone beside a cache.  Raises SpecError,
     saying why, for a pattern that on two tokens is not that of one token twice: one whose blocks or scopes reach over
     several rows, or hang on their number, one that keeps as many each way, and one made of several patterns.
 
     >>> from s3lab import parse
-    >>> bind_token(parse("2:4"), 8).S, bind_token(parse("50%/row"), 8).S
-    (2, 1)
+    >>> bind_token(parse("2:4"), 8).B, bind_token(parse("50%/row"), 8).B
+    (4, 8)
     >>> bind_token(parse("50%"), 8)
     Traceback (most recent call last):
     s3lab.errors.SpecError: '50%' prunes no token by itself: its scopes reach over several; use '50%/row' or N:M
@@ -46,25 +62,13 @@ def bind_token(pattern: Pattern, K: int) -> Partition:
         frozenset(frozenset(k + K for k in block) for block in scope) for scope in alone
     }:
         raise SpecError(f"'{pattern}' prunes no token by itself: its scopes reach over several; use '50%/row' or N:M")
-    return one
-
-
-@lru_cache(maxsize=256)
-def repeat(part: Partition, T: int) -> Partition:
-    """Return the pattern of one token (1, K) on T tokens (T, K): its scopes T times, K apart.
-
-    >>> from s3lab import parse
-    >>> repeat(bind_token(parse("2:4"), 8), 3).layout.coalesce() == parse("2:4").bind((3, 8)).layout.coalesce()
-    True
-    """
-    K = part.shape[1]
-    scopes, blocks, elements = part.layout
-    return Partition(part.text, (T, K), Layout.of(Layout.of(Layout(T, K), scopes), blocks, elements), part.keep)
+    order = torch.tensor(list(one.layout.offsets()))
+    return TokenPattern(one.text, K, one.B, one.E, one.keep, order if (order.diff() != 1).any() else None)
 
 
 def prune_tokens(
     x: Float[Tensor, "... K"],
-    part: Partition,
+    part: TokenPattern,
     factor: Float[Tensor, " K"] | None = None,
     shift: Float[Tensor, " K"] | Centre | None = None,
     variance: bool = False,
@@ -86,8 +90,8 @@ def prune_tokens(
     >>> prune_tokens(torch.tensor([[3.0, -1.0, 2.0, -4.0]]), bind_token(parse("2:4"), 4))
     tensor([[ 3.,  0.,  0., -4.]])
     """
-    if x.shape[-1] != part.shape[1]:
-        raise ShapeError(f"tokens of {x.shape[-1]} features where {part.text} is bound to {part.shape[1]}")
+    if x.shape[-1] != part.K:
+        raise ShapeError(f"tokens of {x.shape[-1]} features where {part.text} is bound to {part.K}")
     if not x.numel():
         return x
     work = x.flatten(0, -2) if x.dtype == torch.float64 else x.flatten(0, -2).float()
@@ -100,11 +104,15 @@ def prune_tokens(
 
 
 def choose_features(
-    x: Float[Tensor, "T K"], part: Partition, factor: Float[Tensor, " K"] | None = None
+    x: Float[Tensor, "T K"], part: TokenPattern, factor: Float[Tensor, " K"] | None = None
 ) -> Bool[Tensor, "T K"]:
     """Return the mask of the features that stay, by the sums of |x| ⊙ f over the blocks of each token."""
     scores = x.abs() if factor is None else x.abs() * factor.to(x.dtype)
-    return repeat(part, len(x)).project(scores.nan_to_num(nan=torch.inf, posinf=torch.inf))
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    order = None if part.order is None else part.order.to(x.device)
+    blocks = (scores if order is None else scores[:, order]).reshape(-1, part.B, part.E)
+    kept = keep_highest(blocks.sum(-1), part.keep).unsqueeze(-1).expand_as(blocks).reshape(x.shape)
+    return kept if order is None else torch.empty_like(kept).index_copy_(1, order, kept)
 
 
 def find_centre(x: Float[Tensor, "T K"], kind: Centre) -> Float[Tensor, "T 1"]:
@@ -149,19 +157,22 @@ def weigh_columns(W: Float[Tensor, "M K"], clip: float = 0.005) -> Float[Tensor,
 
 
 def split_low_rank(W: Float[Tensor, "M K"], rank: int) -> tuple[Float[Tensor, "M r"], Float[Tensor, "r K"]]:
-    """Return A (M, r) and B (r, K) of the nearest AB to W, from its singular values, which each takes the root of.
+    """Return A (M, r) and B (r, K) of the nearest AB to W: what W is on its first ``rank`` singular vectors.
 
-    Raises SpecError for a rank that W cannot have.
+    One of them is the vectors, U or Vᵀ of the shorter side, the other UᵀW or WV.  Raises SpecError for a rank that W
+    cannot have.  Cost: the eigenvalues of a matrix of the shorter side, in float64.
 
     >>> A, B = split_low_rank(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1)
-    >>> (A @ B).abs().round(decimals=4).tolist()
+    >>> (A @ B).abs().tolist()
     [[3.0, 0.0], [0.0, 0.0]]
     """
-    if not 1 <= rank <= min(W.shape):
-        raise SpecError(f"rank = {rank} of a weight {tuple(W.shape)}: give 1 to {min(W.shape)}")
-    U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
-    root = S[:rank].sqrt()
-    return (U[:, :rank] * root).contiguous(), (root[:, None] * Vh[:rank]).contiguous()
+    M, K = W.shape
+    if not 1 <= rank <= min(M, K):
+        raise SpecError(f"rank = {rank} of a weight ({M}, {K}): give 1 to {min(M, K)}")
+    short = (W if M <= K else W.T).double()
+    vectors = torch.linalg.eigh(short @ short.T).eigenvectors[:, -rank:]
+    pair = vectors.float().contiguous(), (vectors.T @ short).float()
+    return pair if M <= K else (pair[1].T.contiguous(), pair[0].T.contiguous())
 
 
 def _list_scopes(part: Partition) -> set[frozenset[frozenset[int]]]:

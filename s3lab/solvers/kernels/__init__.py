@@ -111,16 +111,16 @@ def project(part: Partition, scores: Tensor, impl: Impl = "auto") -> Tensor:
     return project_consecutive(scores, part.B, part.E, part.keep)
 
 
-def refuse_prune_tokens(part: Partition, x: Tensor, *others: object) -> str | None:
+def refuse_prune_tokens(part: activation.TokenPattern, x: Tensor, *others: object) -> str | None:
     """Return why tokens cannot be pruned in the kernel, None where they can.
 
     They can in float32, bfloat16 and float16 on a GPU, where Triton is installed and no gradient is asked for, by N:M
     of up to 64 single features, and up to 16384 of them in all.
     """
-    if part.E > 1 or part.layout.coalesce().flat != ((part.shape[1], 1),) or part.B > _WIDEST:
+    if part.E > 1 or part.order is not None or part.B > _WIDEST:
         return f"the scopes of {part.text} are not up to {_WIDEST} consecutive features"
-    if part.shape[1] > _LONGEST:
-        return f"a token has {part.shape[1]} features, more than {_LONGEST}"
+    if part.K > _LONGEST:
+        return f"a token has {part.K} features, more than {_LONGEST}"
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *others)):
         return "the kernel has no gradient"
     return _refuse_tensor(x, sizes=(2, 4))
@@ -128,7 +128,7 @@ def refuse_prune_tokens(part: Partition, x: Tensor, *others: object) -> str | No
 
 def prune_tokens(
     x: Float[Tensor, "... K"],
-    part: Partition,
+    part: activation.TokenPattern,
     factor: Float[Tensor, " K"] | None = None,
     shift: Float[Tensor, " K"] | activation.Centre | None = None,
     variance: bool = False,

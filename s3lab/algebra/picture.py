@@ -58,7 +58,8 @@ def find_places(part: Partition, offsets: Sequence[int]) -> tuple[list[int], lis
         for rank, offset in enumerate(part.layout.offsets()):
             rank_of[offset] = rank
         ranks = [rank_of[offset] for offset in offsets]
-    return [rank // (part.B * part.E) for rank in ranks], [rank // part.E % part.B for rank in ranks]
+    B, E = part.B, part.E
+    return [rank // (B * E) for rank in ranks], [rank // E % B for rank in ranks]
 
 
 def sample_mask(part: Partition, seed: int = 0) -> list[bool]:

@@ -89,8 +89,10 @@ def write_runs(folder: Path) -> None:
         records = [{"matrices": [m for m in matrices if m["layer"] == x["layer"]], "layer": x} for x in layers]
         (folder / name).mkdir()
         (folder / name / "manifest.json").write_text(json.dumps({"layers": records}))
-    code = f"from s3lab.lab.explore import explore_runs\nexplore_runs({str(folder / 'sparsegpt')!r}, {str(folder / 'sobs')!r})"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    folders = ", ".join(repr(str(folder / name)) for name in ("sparsegpt", "sobs"))
+    code = f"from s3lab.lab.explore import explore_runs\nexplore_runs({folders})"
+    kernel = {"name": "python3", "display_name": "Python 3"}
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata={"kernelspec": kernel})
     nbformat.write(notebook, folder / "notebooks" / "runs.ipynb")
 
 

@@ -72,7 +72,7 @@ class PatternExplorer(Explorer):
         self.scores = Dropdown(options=["random", "magnitude", "wanda"], value=scores, description="scores", style=WIDE)
         self.seed = BoundedIntText(seed, 0, 9999, description="seed", style=WIDE, layout=Layout(width="12em"))
         self.view = ToggleButtons(
-            options=_VIEWS, value=view, description="shown as", style={**WIDE, "button_width": "9em"}
+            options=_VIEWS, value=view, description="shown as", style={**WIDE, "button_width": "11em"}
         )
         self.weight = Dropdown(description="weight", style=WIDE)
         self.grid, self.facts = Grid(), HTML()

@@ -115,7 +115,8 @@ def draw_run(matrices: pd.DataFrame, layers: pd.DataFrame, figure: str) -> Figur
     if figure == "error by depth and type":
         return plot.curves(matrices, x, y, "run", panel="kind", ylabel="error (%)", width=plot.PAGE)
     if figure == "mean error by type":
-        means: Any = matrices.groupby([x, "run"], sort=False)[y].mean().reset_index()
+        groups: Any = matrices.groupby([x, "run"], sort=False)[y]
+        means = groups.mean().reset_index()
         return plot.bars(means, x, y, "run", ylabel="mean error (%)")
     return plot.curves(matrices, x, y, "run", xlabel="matrices pruned", ylabel="solver time (s)")
 

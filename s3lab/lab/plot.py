@@ -308,14 +308,7 @@ def _legend(fig: Figure, axes: list[Axes], hue: str | None) -> None:
 
 def _bars(ax: Axes, at: np.ndarray, heights: Any, thick: float, i: int, name: str, digits: int) -> None:
     drawn = ax.bar(
-        at,
-        heights,
-        0.92 * thick,
-        label=name,
-        color=COLOURS[i % 8],
-        hatch=HATCHES[i % 8],
-        edgecolor=INK,
-        linewidth=0.5,
+        at, heights, 0.92 * thick, label=name, color=COLOURS[i % 8], hatch=HATCHES[i % 8], edgecolor=INK, linewidth=0.5
     )
     halo = [withStroke(linewidth=1.5, foreground="white")]
     ax.bar_label(drawn, fmt=f"%.{digits}f", fontsize=6, padding=1, path_effects=halo, zorder=4)

@@ -1,6 +1,8 @@
 """What the documentation says runs: code blocks, commands, and an example for every public name."""
 
+import importlib.util
 import inspect
+import json
 import re
 import shlex
 from collections import defaultdict
@@ -74,6 +76,34 @@ def test_every_figure_is_told_how_to_read():
     assert {path.stem for path in (ROOT / "figures").glob("*.png")} <= set(re.findall(r"`(\w+)`", page))
 
 
+def load_hook(name: str):
+    spec = importlib.util.spec_from_file_location(f"hook_{name}", ROOT / "docs" / "hooks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    return hook
+
+
+def test_the_gallery_shows_each_figure_where_it_is_drawn():
+    gallery, figures = load_hook("gallery"), ROOT / "figures"
+    drawn = [path for path in figures.glob("*.json") if path.with_suffix(".png").exists()]
+    makers = {path.stem: Path(json.loads(path.read_text())["notebook"]) for path in drawn}
+    pages = {path.name: gallery.write_page(path, figures)[0] for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    for name, notebook in makers.items():
+        assert pages[notebook.name].count(f"(../figures/{name}.png)") == 1, name
+
+
+def test_docstrings_become_markdown():
+    translate = load_hook("docstrings").translate
+    assert translate("Use `prune`.\n\n>>> 1 + 1\n2") == (
+        "Use [`prune`][s3lab.solvers.prune].\n\n```pycon\n>>> 1 + 1\n2\n```"
+    )
+    assert translate("batch\n    so many,\n    or one\norder\n    which") == (
+        "`batch`\n:   so many,\n    or one\n\n`order`\n:   which"
+    )
+    assert translate("===  ===\n``a``  b\n===  ===").splitlines()[1] == "|---|---|"
+
+
 @pytest.mark.parametrize("name", s3lab.__all__)
 def test_every_public_name_says_what_it_is_and_has_an_example(name):
     thing = getattr(s3lab, name)
@@ -85,3 +115,4 @@ def test_every_public_name_says_what_it_is_and_has_an_example(name):
         assert "raised" in told.lower()
     else:
         assert ">>> " in told
+        assert "Error" in told or thing is s3lab.Solution  # which is made, and not asked for

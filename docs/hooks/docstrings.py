@@ -5,6 +5,13 @@ from typing import Any
 
 from griffe import Extension, Object
 
+import s3lab
+
+PLACES = {
+    name: f"{thing.__module__}.{thing.__qualname__}"
+    for name in s3lab.__all__
+    if hasattr(thing := getattr(s3lab, name), "__qualname__")
+}
 OPTION = re.compile(r"^(?P<names>[a-z_]+(?:, [a-z_]+)*)$")
 
 
@@ -33,7 +40,17 @@ def translate_paragraph(paragraph: str) -> str:
         return write_table(lines)
     if len(lines) > 1 and OPTION.match(lines[0]) and all(OPTION.match(line) or line[:4] == "    " for line in lines):
         return write_options(paragraph)
-    return paragraph
+    return paragraph if lines[0].startswith("    ") else link_names(paragraph)
+
+
+def link_names(paragraph: str) -> str:
+    """Turn the public names between single backticks into links to their places."""
+
+    def link(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"[`{name}`][{PLACES[name]}]" if name in PLACES else found[0]
+
+    return re.sub(r"(?<!`)`(\w+)`(?!`)", link, paragraph)
 
 
 def write_table(lines: list[str]) -> str:

@@ -7,6 +7,8 @@ from s3lab.algebra.partition import Partition
 from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.algebra.spec import Block, Pattern, Scope, Spec, View
 from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
+from s3lab.models.activations import Activation
+from s3lab.models.calibrate import sparsify
 from s3lab.models.sequential import prune_model
 from s3lab.solvers import (
     ADMM,
@@ -33,6 +35,7 @@ __all__ = [
     "RIA",
     "SOBS",
     "SOLVERS",
+    "Activation",
     "Block",
     "Coupled",
     "DataError",
@@ -64,5 +67,6 @@ __all__ = [
     "parse",
     "prune",
     "prune_model",
+    "sparsify",
 ]
 __version__ = "0.1.0"

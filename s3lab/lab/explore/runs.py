@@ -30,7 +30,10 @@ def explore_runs(*folders: str | Path, every_s: float = 2.0) -> RunExplorer:
 
     Raises DataError where a folder holds no run, or two have the same name.
     """
-    return RunExplorer({_name(Path(folder)): _find(Path(folder)) for folder in folders}, len(folders), every_s)
+    runs = {_name(Path(folder)): _find(Path(folder)) for folder in folders}
+    if not runs or len(runs) < len(folders):
+        raise DataError(f"{len(folders)} run directories of {len(runs)} names: give one or more, each of another name")
+    return RunExplorer(runs, every_s)
 
 
 class RunExplorer(Explorer):
@@ -39,9 +42,7 @@ class RunExplorer(Explorer):
     `close` ends its watching.
     """
 
-    def __init__(self, runs: dict[str, Path], count: int, every_s: float) -> None:
-        if not runs or len(runs) < count:
-            raise DataError(f"{count} run directories of {len(runs)} names: give one or more, each of another name")
+    def __init__(self, runs: dict[str, Path], every_s: float) -> None:
         super().__init__()
         self.runs, self.every_s = runs, every_s
         self.figure = Dropdown(options=list(_FIGURES), description="figure", style=WIDE)

@@ -103,7 +103,7 @@ def test_pruning_in_the_background_finds_what_the_solvers_find(pruning):
         pruning.status.value == "done"
         and table.loc["sparsegpt", "error_percent"] < table.loc["magnitude", "error_percent"]
     )
-    assert pruning.portrait.value.startswith(b"\x89PNG") and "image/png" in pruning._repr_mimebundle_()
+    assert bytes(pruning.portrait.value).startswith(b"\x89PNG") and "image/png" in pruning._repr_mimebundle_()
     for result in pruning.found.values():
         parse("2:4").check(result["mask"])
         lost = measure_rows(layer.W, result["weight"], layer.H) ** 2 @ ((layer.W @ layer.H) * layer.W).sum(1)
@@ -152,7 +152,7 @@ def test_runs_are_read_again_as_they_go_on(tmp_path):
     explorer = explore_runs(tmp_path / "a", tmp_path / "b", every_s=60.0)
     for figure in explorer.figure.options:
         explorer.figure.value = figure
-        assert explorer.image.value.startswith(b"\x89PNG") and not explorer.message.value
+        assert bytes(explorer.image.value).startswith(b"\x89PNG") and not explorer.message.value
     write_run(tmp_path / "a", 3)
     explorer.again.click()
     assert explorer.matrices.groupby("run").size().to_dict() == {"a": 6, "b": 4}

@@ -57,9 +57,7 @@ def write_table(lines: list[str]) -> str:
     """Turn a table ruled with ``=``, which has no head, into one with bars."""
     starts = [found.start() for found in re.finditer(r"=+", lines[0])]
     rows = [
-        [cell.strip().replace("``", "`").replace("|", "\\|") for cell in cut(line, starts)]
-        for line in lines
-        if not line.startswith("==")
+        [cell.strip().replace("``", "`") for cell in cut(line, starts)] for line in lines if not line.startswith("==")
     ]
     head = "| " + " | ".join("" for _ in starts) + " |"
     return "\n".join([head, "|" + "---|" * len(starts), *("| " + " | ".join(row) + " |" for row in rows)])

@@ -229,6 +229,7 @@ def heat(
             )  # fmt: skip
             ax.set(xlabel=_words(x), ylabel=_words(y) if i == 0 else "", title="" if title is None else str(title))
             ax.tick_params(length=0)
+            ax.tick_params(axis="y", labelrotation=0)
     return fig
 
 

@@ -1,6 +1,7 @@
 # make lab | reproduce | test | lint | docs | clean       (make help says more)
 PYTHON   ?= python3
 PROFILE  ?= quick
+JOBS     ?= $(if $(filter quick,$(PROFILE)),2,1)
 OPEN     ?= 08_explore_patterns
 BIN      := .venv/bin
 STAMP    := .venv/installed
@@ -16,6 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make lab         JupyterLab on the notebooks, with the pattern explorer open   OPEN=09_explore_pruning"
 	@echo "make reproduce   every notebook of a profile, into figures/     PROFILE=quick|paper|FILE  NOTEBOOKS='01 02'"
+	@echo "                 two side by side, which weighs on what they time; one with JOBS=1"
 	@echo "make test        the whole test suite, notebooks included       ARGS='-k layout'"
 	@echo "make docs        the documentation, into site/, from pages, docstrings and notebooks"
 	@echo "make lint        ruff, pyright, and notebooks without outputs"
@@ -43,7 +45,7 @@ lab: install
 	@cd notebooks && ../$(BIN)/jupyter lab $(OPEN).ipynb
 
 reproduce: install
-	@$(BIN)/s3lab reproduce $(NOTEBOOKS) --profile $(PROFILE) --force
+	@$(BIN)/s3lab reproduce $(NOTEBOOKS) --profile $(PROFILE) --jobs $(JOBS) --force
 
 test: install
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --nbval-lax $(ARGS)

@@ -38,10 +38,10 @@ def write_speed() -> str:
     """Return the solvers of this package in the committed measurement of their speed."""
     with (ROOT / "benchmarks" / "results" / "compare_solvers_speed.csv").open() as lines:
         rows = [row for row in csv.DictReader(lines) if row["method"] in METHODS]
-    lines = ["| method | error | held-out error | time, s | memory above the start, MiB |", "|---|---:|---:|---:|---:|"]
+    lines = ["| method | M × K | error | held-out error | time, s |", "|---|---|---:|---:|---:|"]
     for row in rows:
-        error, unseen, time_s, mem_mib = (float(row[key]) for key in ("error", "error_test", "time_s", "mem_mib"))
-        lines.append(f"| `{row['method']}` | {error:.1%} | {unseen:.1%} | {time_s:.2f} | {mem_mib:.0f} |")
+        error, unseen, time_s = (float(row[key]) for key in ("error", "error_test", "time_s"))
+        lines.append(f"| `{row['method']}` | {row['M']} × {row['K']} | {error:.1%} | {unseen:.1%} | {time_s:.2f} |")
     return "\n".join(lines)
 
 

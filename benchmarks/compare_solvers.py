@@ -8,9 +8,9 @@ quality   error on calibration and held-out tokens: seven matrices of a decoder 
 speed     time and memory with the peers in the same process: K = 1536 with M = 384, K = 3072 with M = 96, on 2:4
 scaling   time over K at M = 256 and over M at K = 512, on 2:4
 
-Local search, many times slower than all others at these sizes, is in the quality suite alone unless --methods asks
-for it.  Prints tables and writes one CSV per run, benchmarks/results/compare_solvers_<suite>.csv unless --out says
-otherwise.
+Local search, many times slower than all others at these sizes, is in the quality suite alone, up to K = 768, unless
+--methods asks for it.  Prints tables and writes one CSV per suite, layer by layer as they come:
+benchmarks/results/compare_solvers_<suite>.csv unless --out says otherwise.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 PATTERNS = ["2:4", "2:4@1x2", "coupled-2:4", "block16", "8:16", "50%/row"]
 DAMP = 1e-2
 SIZES = [(384, 1536), (96, 3072)]
+SEARCHED = 768  # inputs
 TIMED = [name for name in bench.METHODS if "refine" not in name]
 SCALING = [(256, K) for K in (256, 512, 1024, 2048)] + [(M, 512) for M in (64, 128, 512, 1024)]
 
@@ -53,10 +55,11 @@ def quality_layers(device: str) -> Iterator[Layer]:
             yield generate_layer(256, K, 8 * K, decay=decay, device=device)
 
 
-def run_quality(device: str, methods: list[str]) -> Iterator[dict]:
+def run_quality(device: str, methods: list[str] | None) -> Iterator[dict]:
     for layer in quality_layers(device):
+        names = methods or (list(bench.METHODS) if layer.W.shape[1] <= SEARCHED else TIMED)
         for pattern in tqdm(PATTERNS, desc=layer.name):
-            for row in bench.measure(bench.make_methods(layer, pattern, methods, DAMP), layer, count=False):
+            for row in bench.measure(bench.make_methods(layer, pattern, names, DAMP), layer, count=False):
                 yield {"pattern": pattern, **row}
 
 
@@ -98,15 +101,18 @@ def main() -> None:
         ).stdout.strip(),
     }
     suites = {
-        "quality": lambda: run_quality(args.device, args.methods or list(bench.METHODS)),
+        "quality": lambda: run_quality(args.device, args.methods),
         "speed": lambda: run_speed(
             args.device, args.methods or TIMED, args.repeats, [(M, K) for M, K in SIZES if K in args.inputs]
         ),
         "scaling": lambda: run_scaling(args.device, args.methods or TIMED, args.repeats),
     }
     for name in suites if args.suite == "all" else [args.suite]:
-        table = pd.DataFrame({**row, **facts} for row in suites[name]())
-        write(args.out / f"compare_solvers_{name}.csv", table.to_csv(index=False).encode())
+        rows: list[dict] = []
+        for _, of_layer in groupby(suites[name](), lambda row: row["layer"]):
+            rows += ({**row, **facts} for row in of_layer)
+            write(args.out / f"compare_solvers_{name}.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+        table = pd.DataFrame(rows)
         index = ["layer", "pattern"] if name == "quality" else ["M", "K"]
         value = "error" if name == "quality" else "time_s"
         print(table.pivot_table(value, index, "method", sort=False)[[*table["method"].unique()]].round(4).to_string())

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NARROW = 16  # rows this short are sorted side by side, a column at a time: a sort of each costs several times more
+_NARROW = 8  # rows this short are sorted side by side, a column at a time: a sort of each costs several times more
 
 
 def keep_highest(scores: Tensor, keep: int | Tensor) -> Tensor:
     """Return which scores (n, B) are among the ``keep`` highest of their row, bool (n, B), of equals the first ones.
 
     ``keep`` is one count for all rows, or one for each, long (n,).  The scores hold no NaN.  Cost: n·B·log²B
-    comparisons for one count and B up to 16, without a sort; else the selection, or sort, of rows.
+    comparisons for one count and B up to 8, without a sort; else the selection, or sort, of rows.
     """
     least = _find_last_kept(scores, keep)
     kept = scores >= least
-    if int(kept.sum()) == (keep * len(scores) if isinstance(keep, int) else int(keep.sum())):
+    if int(kept.count_nonzero()) == (keep * len(scores) if isinstance(keep, int) else int(keep.sum())):
         return kept
     above = scores > least
     room = keep - above.sum(1)

@@ -21,7 +21,7 @@ _STILL = 1e-4  # of the mask: what changes at the end is of no account
 _PATIENCE = 3  # iterations of that in a row
 _TYPICAL = 6.0  # times the harmonic mean of H's eigenvalues, if below 1, is how much of ρ to start from
 _PROBES = 64
-_BLOCKS = 0.65  # the power of the block's width that ρ starts from: wide blocks are torn between supports by a small ρ
+_BLOCKS = 0.5  # the power of the block's width that ρ starts from: wide blocks are torn between supports by a small ρ
 
 
 @dataclass(frozen=True)

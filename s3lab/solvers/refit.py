@@ -52,10 +52,11 @@ class Refit:
         if mask.shape != W0.shape:
             raise ShapeError(f"a mask of shape {tuple(mask.shape)} for a weight of shape {tuple(W0.shape)}")
         tolerance = self.tolerance or (1e-12 if problem.dtype == torch.float64 else 1e-4)
-        W = (W0 if start is None else start.to(W0)).masked_fill(~mask, 0)
+        support = mask.to(W0.dtype)
+        W = (W0 if start is None else start.to(W0)) * support
         inverse_diagonal = 1 / H.diagonal()
         goal = tolerance * (W0 @ H).norm(dim=1, keepdim=True)
-        residual = ((W0 - W) @ H).mul_(mask)
+        residual = ((W0 - W) @ H).mul_(support)
         scaled = residual * inverse_diagonal
         direction = scaled.clone()
         product = torch.linalg.vecdot(residual, scaled).unsqueeze(1)
@@ -66,7 +67,7 @@ class Refit:
             best, since = (worst, 0) if worst < 0.9 * best else (best, since + 1)
             if worst <= 1 or step == self.max_steps or since > 20:
                 return Fit(W, step, worst * tolerance)
-            image = (direction @ H).mul_(mask)
+            image = (direction @ H).mul_(support)
             curvature = torch.linalg.vecdot(direction, image).unsqueeze(1)
             length = (product / curvature).nan_to_num_(0, 0, 0)
             W.addcmul_(length, direction)

@@ -1,4 +1,4 @@
-"""What pages take from the package and its measurements: ``{{ patterns }}``, ``{{ grammar }}`` and ``{{ speed }}``."""
+"""What pages take from the package and its measurements, by marks such as ``{{ patterns }}``: see `WRITERS`."""
 
 import csv
 import re
@@ -36,8 +36,7 @@ def write_rules() -> str:
 
 def write_speed() -> str:
     """Return the solvers of this package in the committed measurement of their speed."""
-    with (ROOT / "benchmarks" / "results" / "compare_solvers_speed.csv").open() as lines:
-        rows = [row for row in csv.DictReader(lines) if row["method"] in METHODS]
+    rows = [row for row in read_results("compare_solvers_speed") if row["method"] in METHODS]
     lines = ["| method | M × K | error | held-out error | time, s |", "|---|---|---:|---:|---:|"]
     for row in rows:
         error, unseen, time_s = (float(row[key]) for key in ("error", "error_test", "time_s"))
@@ -45,10 +44,30 @@ def write_speed() -> str:
     return "\n".join(lines)
 
 
+def write_corrections() -> str:
+    """Return what each correction changes, with its confidence interval, a column for each solver."""
+    rows = read_results("compare_nm_patterns_gain")
+    solvers = list(dict.fromkeys(row["solver"] for row in rows))
+    lines = ["| correction | " + " | ".join(solvers) + " |", "|---|" + "---:|" * len(solvers)]
+    for correction in dict.fromkeys(row["correction"] for row in rows):
+        found = {row["solver"]: row for row in rows if row["correction"] == correction}
+        cells = (f"{float(found[s]['change_percent']):+.2f} ± {float(found[s]['half_width']):.2f}" for s in solvers)
+        lines.append(f"| {correction} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def read_results(name: str) -> list[dict[str, str]]:
+    with (ROOT / "benchmarks" / "results" / f"{name}.csv").open() as lines:
+        return list(csv.DictReader(lines))
+
+
+WRITERS = {"patterns": write_patterns, "grammar": write_rules, "speed": write_speed, "corrections": write_corrections}
+
+
 def on_page_markdown(markdown: str, **_: object) -> str:
     # a bar in code within a table: GitHub wants it escaped, and shows it bare; here it is bare
     markdown = re.sub(r"`[^`\n]+`", lambda code: code[0].replace(r"\|", "|"), markdown)
-    for name, write in {"patterns": write_patterns, "grammar": write_rules, "speed": write_speed}.items():
+    for name, write in WRITERS.items():
         if (mark := "{{ " + name + " }}") in markdown:
             markdown = markdown.replace(mark, write())
     return markdown

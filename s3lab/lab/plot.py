@@ -114,7 +114,7 @@ def tradeoff(
     with style({"axes.grid.axis": "both"}):
         fig, axes = _grid(len(panels), width, columns, tall=0.8, share_y=False)
         for ax, (title, part) in zip(axes, panels, strict=True):
-            best = part[part[frontier]].sort_values(x)
+            best = part.loc[part[frontier]].sort_values(by=x)
             ax.step(best[x], best[y], where="post", color=INK, linewidth=0.8, zorder=1)
             for i, name in enumerate(df[hue].unique()):
                 rows = part[part[hue] == name]

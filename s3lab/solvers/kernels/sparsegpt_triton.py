@@ -23,7 +23,8 @@ def sweep(
     """
     n, M = V.shape
     _sweep[(triton.cdiv(M, _ROWS),)](
-        V, U, gone, M, n, U.stride(0), U.stride(1), B, C, keep, _ceil(n), _ROWS, num_warps=8
+        *(V, U, gone, M, n, U.stride(0), U.stride(1), B, C, keep, _ceil(n), _ROWS),
+        num_warps=8,  # pyright: ignore[reportCallIssue]
     )
 
 

@@ -16,12 +16,11 @@ from s3lab.solvers.refit import Fit, Refit
 from s3lab.tensors.problem import Problem
 
 # effort: the first ρ, its growth, and the iterations at each ρ
-_EFFORTS = {"quick": (0.1, 1.4, 3), "balanced": (0.07, 1.4, 4), "thorough": (0.03, 1.15, 5)}
+_EFFORTS = {"quick": (0.1, 1.4, 3), "balanced": (0.07, 1.3, 3), "thorough": (0.03, 1.15, 5)}
 _STILL = 1e-4  # of the mask: what changes at the end is of no account
 _PATIENCE = 3  # iterations of that in a row
 _TYPICAL = 6.0  # times the harmonic mean of H's eigenvalues, if below 1, is how much of ρ to start from
 _PROBES = 64
-_BLOCKS = 0.5  # the power of the block's width that ρ starts from: wide blocks are torn between supports by a small ρ
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class ADMM(Solver):
     max_steps
         iterations after which the support is taken as it is.
 
-    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 20 to 35
-    and 5 to 9 of them with "balanced".  Raises SolveError for options that cannot be.
+    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 15 to 35
+    and 5 to 12 of them with "balanced".  Raises SolveError for options that cannot be.
     Source: Boyd et al., *Distributed Optimization and Statistical Learning via ADMM*, 2011, section 9.1; with the fit
     at the end for pruning, Meng et al., *ALPS*, 2024.
 
@@ -135,8 +134,9 @@ class _Half:
         self.S = problem.weight * self.unit
         self.goal = self.S @ self.H
         self.dual = torch.zeros_like(self.S)
-        # where inputs nearly repeat each other, most directions of H are flat, and ρ must not hide what they say
-        self._hold(rho * width**_BLOCKS * min(1.0, _TYPICAL * self._estimate_harmonic()))
+        # where inputs nearly repeat each other, most directions of H are flat, and ρ must not hide what they say; wide
+        # blocks see less of them, and are torn between supports by a small ρ: both powers of the width are found ones
+        self._hold(rho * width**0.5 * min(1.0, _TYPICAL * width**0.25 * self._estimate_harmonic()))
 
     def _estimate_harmonic(self) -> float:
         """The harmonic mean of H's eigenvalues, by the trace of its inverse (Hutchinson, 1990)."""

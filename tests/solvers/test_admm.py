@@ -45,7 +45,7 @@ def test_more_effort_finds_a_lower_error(text):
 
 def test_options_take_the_place_of_the_efforts():
     W, H = small(0)
-    told = s3.ADMM(effort="quick", rho=0.07, growth=1.4, hold=4)
+    told = s3.ADMM(effort="quick", rho=0.07, growth=1.3, hold=3)
     assert torch.equal(s3.prune(W, "2:4", H, told).weight, s3.prune(W, "2:4", H, "admm").weight)
     assert s3.prune(W, "2:4", H, s3.ADMM(max_steps=2)).stats["steps"] == 2
 
@@ -73,7 +73,7 @@ def test_it_says_how_it_ended():
     layer = generate_layer(32, 64, 512)
     stats = s3.prune(layer.W, "2:4", layer.H, "admm").stats
     assert stats["changes"] <= 1e-4 * 32 * 64 and stats["rho"] > 0.07 and 3 < stats["steps"] < 500
-    assert stats["residual"] <= 1e-4
+    assert stats["residual"] <= 3e-4
 
 
 @pytest.mark.parametrize("options", [{"rho": -1.0}, {"growth": 1.0}, {"hold": -2}, {"max_steps": 0}])

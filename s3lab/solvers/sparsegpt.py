@@ -68,7 +68,7 @@ class SparseGPT(Solver):
         tiled = kernels.is_tiled(stage, self.width)
         in_kernel = kernels.takes_triton(self.impl, kernels.refuse_sweep(stage, tiled, problem.weight))
         plan = _Tiles(stage, self.width, in_kernel) if tiled else _Plan(stage, self.width)
-        R = _factor(problem, plan.order)
+        R = problem.factor(plan.order)
         W = problem.weight.T[plan.order].contiguous()  # (K, M): a column is a row
         board = _Board(W, stage.pruned, plan.order)
         for start, stop in plan.windows:
@@ -81,13 +81,6 @@ class SparseGPT(Solver):
             W[window] -= board.V[window]
         back = plan.order.argsort()
         return (board.gone[back] == 0).T.contiguous(), board.V[back].T.contiguous()
-
-
-def _factor(problem: Problem, order: Tensor) -> Tensor:
-    """Return the upper R with H = RRᵀ, its inputs in the given order: a lower factor, of the inputs turned around."""
-    turned = order.flip(0)
-    lower = torch.linalg.cholesky(problem.hessian.index_select(0, turned).index_select(1, turned).double())
-    return lower.to(problem.dtype).flip(0, 1)
 
 
 def _sweep_window(board: _Board, U: Tensor, start: int, stop: int, plan: _Tiles | _Plan) -> None:

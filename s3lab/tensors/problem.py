@@ -89,7 +89,7 @@ class Problem:
     @cached_property
     def inverse(self) -> Float[Tensor, "K K"]:
         """The inverse of the damped H in the working dtype."""
-        return torch.cholesky_inverse(self._factored[1]).to(self.dtype)
+        return torch.cholesky_inverse(self._factored[1]).flip(0, 1).to(self.dtype)
 
     @cached_property
     def saliency(self) -> Float[Tensor, "M K"]:
@@ -98,17 +98,18 @@ class Problem:
 
     def divide(self, Y: Float[Tensor, "K n"]) -> Float[Tensor, "K n"]:
         """Return H⁻¹Y with the damped H, without an inverse."""
-        return torch.cholesky_solve(Y.double(), self._factored[1]).to(Y.dtype)
+        return torch.cholesky_solve(Y.flip(0).double(), self._factored[1]).flip(0).to(Y.dtype)
 
-    def inverse_factor(self, order: Tensor) -> Float[Tensor, "K K"]:
-        """Return the upper U with H⁻¹ = UᵀU, its inputs in the given order, in the working dtype.
+    def factor(self, order: Tensor) -> Float[Tensor, "K K"]:
+        """Return the upper R with H = RRᵀ of the damped H, its inputs in the given order, in the working dtype.
 
-        From H = RRᵀ with R upper, U = R⁻¹: no inverse of H is formed.
+        That of the inputs as they come is made but once.
         """
-        H = self._damped(self.damping)[order][:, order].flip(0, 1)
-        lower = torch.linalg.cholesky(H)
-        eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-        return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).to(self.dtype)
+        damp, lower = self._factored
+        if bool((order.diff() < 0).any()):
+            turned = order.flip(0)
+            lower = torch.linalg.cholesky(self._damped(damp).index_select(0, turned).index_select(1, turned))
+        return lower.to(self.dtype).flip(0, 1)
 
     def error(self, W_hat: Float[Tensor, "M K"]) -> float:
         """Return the relative output error on H, undamped."""
@@ -132,10 +133,10 @@ class Problem:
 
     @cached_property
     def _factored(self) -> tuple[float, Tensor]:
-        """The damping that worked and the lower factor of the damped H, float64."""
+        """The damping that worked and the lower factor of the damped H with its inputs turned around, float64."""
         damp = self.damp
         while True:
-            H = self._damped(damp)
+            H = self._damped(damp).flip(0, 1)
             factor, failed = torch.linalg.cholesky_ex(H)
             if not failed and bool((factor.diagonal() ** 2 >= _PIVOT * H.diagonal()).all()):
                 return damp, factor

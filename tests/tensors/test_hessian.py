@@ -46,10 +46,11 @@ def test_problem_factors_are_inverses():
     damped = H.double() + 0.05 * H.double().diagonal().mean() * torch.eye(6)
     torch.testing.assert_close(problem.hessian, damped)
     torch.testing.assert_close(problem.inverse @ damped, torch.eye(6).double())
-    order = torch.tensor([3, 1, 0, 5, 4, 2])
-    U = problem.inverse_factor(order)
-    assert torch.equal(U, U.triu())
-    torch.testing.assert_close(U.T @ U, torch.linalg.inv(damped[order][:, order]))
+    torch.testing.assert_close(damped @ problem.divide(damped), damped)
+    for order in (torch.arange(6), torch.tensor([3, 1, 0, 5, 4, 2])):
+        R = problem.factor(order)
+        assert torch.equal(R, R.triu())
+        torch.testing.assert_close(R @ R.T, damped[order][:, order])
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=12))

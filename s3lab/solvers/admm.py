@@ -16,7 +16,7 @@ from s3lab.solvers.refit import Fit, Refit
 from s3lab.tensors.problem import Problem
 
 # effort: the first ρ, its growth, and the iterations at each ρ
-_EFFORTS = {"quick": (0.1, 1.4, 3), "balanced": (0.07, 1.3, 3), "thorough": (0.03, 1.15, 5)}
+_EFFORTS = {"quick": (0.1, 1.4, 3), "balanced": (0.07, 1.3, 3), "thorough": (0.07, 1.1, 3)}
 _STILL = 1e-4  # of the mask: what changes at the end is of no account
 _PATIENCE = 3  # iterations of that in a row
 _TYPICAL = 6.0  # times the harmonic mean of H's eigenvalues, if below 1, is how much of ρ to start from

@@ -2,7 +2,8 @@
 
     python benchmarks/compare_end_to_end.py [--specs 2:4 8:16] [--sequences 240]
 
-Prints a table and writes benchmarks/results/compare_end_to_end.csv, row by row as they come.
+Prints a table and writes benchmarks/results/compare_end_to_end.csv, row by row as they come; what is there already is
+not measured again.
 """
 
 from __future__ import annotations
@@ -56,9 +57,12 @@ def main() -> None:
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
     }
-    rows = []
+    rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
+    done = {(row["spec"], row["setting"]) for row in rows}
     for spec in args.specs:
         for name in args.settings:
+            if (spec, name) in done:
+                continue
             pruned = load_reference()[0].to(args.device)
             run = s3.prune_model(pruned, None, spec, calibration=calibration, progress=False, **SETTINGS[name])
             table = pd.DataFrame(run.matrices)

@@ -48,7 +48,7 @@ reproduce: install
 	@$(BIN)/s3lab reproduce $(NOTEBOOKS) --profile $(PROFILE) --jobs $(JOBS) --force
 
 test: install
-	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --nbval-lax $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --nbval-lax $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from s3lab.errors import DataError
-from s3lab.lab.style import COLOURS, COLUMN, DASHES, HATCHES, INK, MARKERS, PAGE, style
+from s3lab.lab.style import COLOURS, COLUMN, DASHES, HATCHES, INK, MARKERS, PAGE, scale_by_logarithm, style
 from s3lab.lab.style import DPI as DPI  # figures are saved at it
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from pandas import DataFrame
 
 
@@ -54,7 +52,7 @@ def curves(
             ax.set(xlabel=xlabel or _words(x), ylabel=ylabel or _words(y), title="" if title is None else str(title))
             ax.grid(True)
             for axis in log:
-                _scale_by_logarithm(ax, axis)
+                scale_by_logarithm(ax, axis)
         _legend(fig, axes, hue)
     return fig
 
@@ -127,7 +125,7 @@ def tradeoff(
                 )
             ax.set(title="" if title is None else str(title), xlabel=xlabel or _words(x), ylabel=ylabel or _words(y))
             if log:
-                _scale_by_logarithm(ax, "x")
+                scale_by_logarithm(ax, "x")
             ax.grid(True)
         _legend(fig, axes, hue)
         for ax in axes:
@@ -165,7 +163,7 @@ def dots(
         ax.tick_params(axis="y", length=0)
         ax.grid(True)
         if log:
-            _scale_by_logarithm(ax, "x")
+            scale_by_logarithm(ax, "x")
         _legend(fig, [ax], hue)
     return fig
 
@@ -298,17 +296,6 @@ def _grid(
     for ax in axes[count:]:
         ax.set_axis_off()
     return fig, list(axes[:count])
-
-
-def _scale_by_logarithm(ax: Axes, name: str) -> None:
-    """Make an axis logarithmic, labelled at 1, 2 and 5 of each power of ten where its data span but few of them."""
-    ax.set(**{f"{name}scale": "log"})
-    axis: Axis = getattr(ax, f"{name}axis")
-    axis.set_minor_formatter(NullFormatter())
-    low, high = axis.get_data_interval()
-    if high < 50 * low:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
 
 
 def _legend(fig: Figure, axes: list[Axes], hue: str | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 from s3lab.algebra.coupled import CoupledPartition
 from s3lab.errors import SolveError
@@ -16,7 +17,7 @@ from s3lab.solvers.refit import Fit, Refit
 from s3lab.tensors.problem import Problem
 
 # effort: the first ρ, its growth, and the iterations at each ρ
-_EFFORTS = {"quick": (0.1, 1.4, 3), "balanced": (0.07, 1.3, 3), "thorough": (0.07, 1.1, 3)}
+_EFFORTS = {"quick": (0.1, 1.4, 3), "balanced": (0.07, 1.3, 3), "thorough": (0.07, 1.33, 9)}
 _STILL = 1e-4  # of the mask: what changes at the end is of no account
 _PATIENCE = 3  # iterations of that in a row
 _TYPICAL = 6.0  # times the harmonic mean of H's eigenvalues, if below 1, is how much of ρ to start from
@@ -158,7 +159,8 @@ class _Half:
     def advance(self) -> Tensor:
         """Solve for Ŵ and return the squares that the pattern is chosen by."""
         pull = torch.add(self.S, self.dual, alpha=-2).mul_(self.rho).add_(self.goal)
-        self.S = torch.cholesky_solve(pull.T, self.factor).T.add_(self.dual)
+        half = solve_triangular(self.factor, pull.T, upper=False)  # cholesky_solve would copy the factor each time
+        self.S = solve_triangular(self.factor.mT, half, upper=True).T.add_(self.dual)
         return self.S.square()
 
     def prune(self, mask: Tensor) -> None:

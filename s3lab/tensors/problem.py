@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 from s3lab.errors import ShapeError, SolveError
 from s3lab.shapes import Bool, Float
@@ -98,7 +99,9 @@ class Problem:
 
     def divide(self, Y: Float[Tensor, "K n"]) -> Float[Tensor, "K n"]:
         """Return H⁻¹Y with the damped H, without an inverse."""
-        return torch.cholesky_solve(Y.flip(0).double(), self._factored[1]).flip(0).to(Y.dtype)
+        lower = self._factored[1]
+        half = solve_triangular(lower, Y.flip(0).double(), upper=False)
+        return solve_triangular(lower.mT, half, upper=True).flip(0).to(Y.dtype)
 
     def factor(self, order: Tensor) -> Float[Tensor, "K K"]:
         """Return the upper R with H = RRᵀ of the damped H, its inputs in the given order, in the working dtype.

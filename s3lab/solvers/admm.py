@@ -17,8 +17,8 @@ from s3lab.solvers.refit import Fit, Refit
 from s3lab.tensors.problem import Problem
 
 # effort: the first ρ, its growth, and the iterations at each ρ
-_EFFORTS = {"quick": (0.1, 1.4, 3), "balanced": (0.07, 1.3, 3), "thorough": (0.07, 1.33, 9)}
-_STILL = 1e-4  # of the mask: what changes at the end is of no account
+_EFFORTS = {"quick": (0.1, 1.4, 3), "balanced": (0.07, 1.3, 3), "thorough": (0.07, 1.25, 9)}
+_STILL = 1e-3  # of the mask: what changes at the end is of no account
 _PATIENCE = 3  # iterations of that in a row
 _TYPICAL = 6.0  # times the harmonic mean of H's eigenvalues, if below 1, is how much of ρ to start from
 _PROBES = 64
@@ -33,7 +33,7 @@ class ADMM(Solver):
         Ŵ ← (W H + ρD − V)(H + ρI)⁻¹,   D ← projection of Ŵ + V/ρ on the pattern,   V ← V + ρ(Ŵ − D),
 
     where the projection keeps the blocks of the largest norms.  ρ is held for some iterations, which share one
-    Cholesky factor, and then raised; the loop ends when less than 1 of 10,000 weights changes sides three times in a
+    Cholesky factor, and then raised; the loop ends when less than 1 of 1,000 weights changes sides three times in a
     row.  Of the pattern it uses the projection alone, and so takes any.
 
     effort

@@ -29,7 +29,7 @@ def sweep(
 
 
 def _ceil(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())
 
 
 # A column is picked out of the tile by a sum in which the others are zero: registers have no index.

@@ -68,6 +68,21 @@ class Stage:
     once: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Course:
+    """The way through a layer: its stages, and which products lead straight to which.
+
+    ``sources`` has for each matrix the names of those whose outputs its input is computed from with no other product
+    between, and under `OUTPUT` those of the layer's output.
+    """
+
+    stages: tuple[Stage, ...]
+    sources: Mapping[str, frozenset[str]]
+
+
+OUTPUT = ""
+
+
 def find_matrices(root: nn.Module, name: str = "") -> dict[str, Matrix]:
     """Return the matrices inside a module by dotted name: linear layers, Conv1D layers, and experts one by one.
 
@@ -109,57 +124,85 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(name, layers, tuple(find_matrices(layer, f"{name}.{i}") for i, layer in enumerate(layers)))
 
 
-class Watch(TorchFunctionMode):
-    """While active, tells ``see(matrix, input, output)`` of every product with one of the matrices."""
+class Products(TorchFunctionMode):
+    """While active, asks ``take(matrix, input, multiply)`` for the result of every product with one of the matrices.
 
-    def __init__(self, matrices: Mapping[str, Matrix], see: Callable[[Matrix, Tensor, Tensor], None]) -> None:
+    ``multiply`` takes that product with any input of the same shape.
+    """
+
+    def __init__(
+        self, matrices: Mapping[str, Matrix], take: Callable[[Matrix, Tensor, Callable[[Tensor], Tensor]], Tensor]
+    ) -> None:
         super().__init__()
         self._at = {matrix.weight.data_ptr(): matrix for matrix in matrices.values()}
-        self._see = see
+        self._take = take
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         places = _PRODUCTS.get(func)
-        if places and len(args) > places[1]:
-            x, W = (args[place] for place in places)
-            if matrix := self._at.get(W.data_ptr()):
-                self._see(matrix, x, out)
-        return out
+        if places and len(args) > places[1] and (matrix := self._at.get(args[places[1]].data_ptr())):
+            at = places[0]
+            return self._take(matrix, args[at], lambda x: self.call(func, (*args[:at], x, *args[at + 1 :]), kwargs))
+        return self.call(func, args, kwargs)
+
+    def call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Return what a function of torch gives."""
+        return func(*args, **kwargs)
 
 
-def find_stages(matrices: Mapping[str, Matrix], forward: Callable[[], object], tokens: int) -> list[Stage]:
-    """Return the matrices in stages, as one ``forward`` pass of their layer over ``tokens`` tokens shows them.
+class Watch(Products):
+    """While active, tells ``see(matrix, input, output)`` of every product with one of the matrices."""
 
-    Inputs are shared where they are the same tensor.  A matrix stands one stage after the last of those its input
-    was computed from, by the graph that autograd lays, of which no activation is kept; the input of the layer must
-    require a gradient.  Experts that saw no token stand beside the others of their parameter; what else was not met
-    comes last.
+    def __init__(self, matrices: Mapping[str, Matrix], see: Callable[[Matrix, Tensor, Tensor], None]) -> None:
+        def take(matrix: Matrix, x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+            out = multiply(x)
+            see(matrix, x, out)
+            return out
+
+        super().__init__(matrices, take)
+
+
+def find_course(matrices: Mapping[str, Matrix], forward: Callable[[], object], tokens: int) -> Course:
+    """Return the way through a layer, as one ``forward`` pass over ``tokens`` tokens shows it.
+
+    Inputs are shared where they are the same tensor.  A matrix stands one stage after the last of its sources, by the
+    graph that autograd lays, of which no activation is kept; the input of the layer must require a gradient.  Experts
+    that saw no token stand beside the others of their parameter; what else was not met comes last.
 
     >>> first, second, head = (Matrix(name, nn.Linear(2, 2)) for name in ("first", "second", "head"))
     >>> x = torch.ones(3, 2, requires_grad=True)
-    >>> stages = find_stages(
+    >>> course = find_course(
     ...     {m.name: m for m in (first, second, head)},
     ...     lambda: head.module(first.module(x) * second.module(x)),
     ...     tokens=3,
     ... )
-    >>> [[[m.name for m in group] for group in stage.groups] for stage in stages]
+    >>> [[[m.name for m in group] for group in stage.groups] for stage in course.stages]
     [[['first', 'second']], [['head']]]
+    >>> sorted(course.sources["head"]), course.sources[OUTPUT]
+    (['first', 'second'], frozenset({'head'}))
     """
-    level_of: dict[Any, int] = {}  # of the node that autograd lays for a product
+    level_of: dict[str, int] = {}
+    name_of: dict[Any, str] = {}  # of the node that autograd lays for a product
+    sources: dict[str, frozenset[str]] = {}
     met: list[tuple[int, Matrix, Tensor, tuple]] = []
 
     def see(matrix: Matrix, x: Tensor, out: Tensor) -> None:
         if x.numel():
-            level = 1 + _level_below(x.grad_fn, level_of)
-            level_of[out.grad_fn] = level
+            found = _find_sources(x.grad_fn, name_of)
+            level = 1 + max((level_of[name] for name in found), default=0)
+            name_of[out.grad_fn] = matrix.name
+            level_of[matrix.name] = max(level, level_of.get(matrix.name, 0))
+            sources[matrix.name] = found | sources.get(matrix.name, frozenset())
             # the tensor is kept, so that its place in memory is nobody else's until all are compared
             met.append((level, matrix, x, (x.data_ptr(), x.shape, x.stride(), x._version)))
 
     dropped = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
     with torch.enable_grad(), dropped, Watch(matrices, see):
-        forward()
+        out = forward()
+    out = out[0] if isinstance(out, tuple) else out
+    sources[OUTPUT] = _find_sources(getattr(out, "grad_fn", None), name_of)
 
     stages = []
     for _, entries in groupby(sorted(met, key=lambda entry: entry[0]), key=lambda entry: entry[0]):
@@ -175,7 +218,7 @@ def find_stages(matrices: Mapping[str, Matrix], forward: Callable[[], object], t
     placed = [matrix for stage in stages for group in stage.groups for matrix in group]
     if unmet := tuple((matrix,) for matrix in matrices.values() if matrix not in placed):
         stages.append(Stage(unmet, once=False))
-    return stages
+    return Course(tuple(stages), sources)
 
 
 def _idle_siblings(matrices: Mapping[str, Matrix], groups: list[tuple[Matrix, ...]]) -> list[tuple[Matrix]]:
@@ -184,14 +227,14 @@ def _idle_siblings(matrices: Mapping[str, Matrix], groups: list[tuple[Matrix, ..
     return [(m,) for m in matrices.values() if m not in seen and (id(m.module), m.parameter) in stacks]
 
 
-def _level_below(node: Any, level_of: Mapping[Any, int]) -> int:
-    """The highest level among the products that a node of autograd's graph was computed from, 0 where there is none."""
-    seen, stack, highest = set(), [node], 0
+def _find_sources(node: Any, name_of: Mapping[Any, str]) -> frozenset[str]:
+    """The products that a node of autograd's graph was computed from, with no other product between."""
+    seen, stack, found = set(), [node], set()
     while stack:
         node = stack.pop()
-        if node in level_of:
-            highest = max(highest, level_of[node])
+        if node in name_of:
+            found.add(name_of[node])
         elif node is not None and node not in seen:
             seen.add(node)
             stack += [parent for parent, _ in node.next_functions]
-    return highest
+    return frozenset(found)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from s3lab.errors import DataError, SpecError
-from s3lab.models.decoder import Decoder, Matrix, Watch, find_decoder, find_stages
+from s3lab.models.decoder import Decoder, Matrix, Watch, find_course, find_decoder
 from s3lab.models.flow import Flow, cut_chunks
 from s3lab.models.globs import matches
 from s3lab.shapes import Float, Integer
@@ -129,8 +129,8 @@ class _Bench:
     def find_inputs(self) -> list[tuple[Matrix, ...]]:
         """The matrices that share an input, input by input."""
         hidden = self.hidden.clone().requires_grad_()
-        stages = find_stages(self.matrices, lambda: self._run(hidden), self.chunk.ids.numel())
-        return [group for stage in stages for group in stage.groups]
+        course = find_course(self.matrices, lambda: self._run(hidden), self.chunk.ids.numel())
+        return [group for stage in course.stages for group in stage.groups]
 
     def equalise(self, group: Sequence[Matrix], peak: Tensor | None) -> dict[str, Any]:
         """Equalise the input that a group of matrices shares, and tell how, or why not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -37,7 +37,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """A forward pass has come as far as it is needed."""
 
 
@@ -87,9 +87,9 @@ class Flow:
                 f"{len(self.chunks)} chunks of sequences for {self.team.size} processes: lower batch, or give more "
                 "sequences"
             )
-        for chunk in self.chunks:
-            if len(chunk.ids) not in self._calls:
-                self._calls[len(chunk.ids)] = trace_calls(self.model, self.decoder, chunk.ids)
+        for ids in (self.chunks[0].ids[:1], *(chunk.ids for chunk in self.chunks)):
+            if len(ids) not in self._calls:
+                self._calls[len(ids)] = trace_calls(self.model, self.decoder, ids)
 
     @property
     def own(self) -> list[Chunk]:
@@ -130,11 +130,14 @@ class Flow:
             return self._resting[stream, chunk.number].to(self.device, copy=True)
         return self.rundir.load(_place(index, stream, chunk))["hidden"].to(self.device)
 
+    def shelf(self, index: int, chunk: Chunk) -> Shelf:
+        """Return the place for what layer ``index`` makes of a chunk on the way; `drop` clears it."""
+        return Shelf(self, index, chunk)
+
     def sample(self, index: int) -> tuple[Chunk, Tensor]:
-        """Return the first chunk of all, and what layer ``index`` begins with of it: the same on every process."""
-        chunk, hidden = self.chunks[0], self.get(index, "pruned", self.own[0])
-        blank = hidden.new_empty(chunk.ids.shape[0], *hidden.shape[1:])
-        return chunk, self.team.first(hidden if self.team.rank == 0 else blank)
+        """Return the first sequence of all, and what layer ``index`` begins with of it: the same on every process."""
+        first, hidden = self.chunks[0], self.get(index, "pruned", self.own[0])
+        return Chunk(first.number, first.ids[:1], first.held_out), self.team.first(hidden[:1].contiguous())
 
     def run(self, index: int, chunk: Chunk, hidden: Tensor) -> Tensor:
         """Return what layer ``index``, which is on the device, makes of a chunk's hidden states."""
@@ -155,27 +158,34 @@ class Flow:
         A forward pass ends after ``calls`` such products, where that is given.
         """
         for chunk in self.own:
-            with Watch(matrices, _count(see, chunk.held_out, calls)), suppress(_Reached):
+            with Watch(matrices, _count(see, chunk.held_out, calls)), suppress(Reached):
                 self.run(index, chunk, self.get(index, stream, chunk))
 
-    def advance_dense(self, index: int) -> None:
-        """Send the dense stream through layer ``index``, which must still be dense."""
+    def advance_dense(
+        self,
+        index: int,
+        matrices: Mapping[str, Matrix] | None = None,
+        see: Callable[[Matrix, Tensor, bool], None] | None = None,
+    ) -> None:
+        """Send the dense stream through layer ``index``, which must still be dense; ``see`` is as in `watch`."""
         for chunk in self.own:
-            self.put(index + 1, "dense", chunk, self.run(index, chunk, self.get(index, "dense", chunk)))
+            with Watch(matrices or {}, _count(see, chunk.held_out)) if see else nullcontext():
+                self.put(index + 1, "dense", chunk, self.run(index, chunk, self.get(index, "dense", chunk)))
 
     def drop(self, index: int) -> None:
         """Remove the hidden states that layer ``index`` began with from the disk."""
         if self.rundir is not None:
             self.rundir.drop(index)
 
-    def advance_pruned(self, index: int) -> dict[str, float | None]:
+    def advance_pruned(self, index: int, leave: Callable[[Chunk], Tensor] | None = None) -> dict[str, float | None]:
         """Send the pruned stream through a layer that the dense one has passed, and return how far they are apart.
 
-        ‖pruned − dense‖_F / ‖dense‖_F of the layer's output, over the calibration and the held-out chunks.
+        ‖pruned − dense‖_F / ‖dense‖_F of the layer's output, over the calibration and the held-out chunks.  ``leave``
+        gives what the layer makes of a chunk, if something of that is there already.
         """
         squares = torch.zeros(2, 2, dtype=torch.float64)  # apart and in all, of either kind of chunk
         for chunk in self.own:
-            hidden = self.run(index, chunk, self.get(index, "pruned", chunk))
+            hidden = leave(chunk) if leave else self.run(index, chunk, self.get(index, "pruned", chunk))
             dense = self.get(index + 1, "dense", chunk).double()
             sums = [(hidden.double() - dense).square().sum(), dense.square().sum()]
             squares[int(chunk.held_out)] += torch.stack(sums).cpu()
@@ -185,8 +195,32 @@ class Flow:
         return {"output_error": train, "output_error_test": test}
 
 
+@dataclass(frozen=True)
+class Shelf:
+    """Tensors of one chunk by name, in memory, or in files of the run directory: as a dict, as far as it goes."""
+
+    flow: Flow
+    index: int
+    chunk: Chunk
+
+    def __setitem__(self, name: str, x: Tensor) -> None:
+        if self.flow.rundir is None:
+            self.flow._resting[name, self.chunk.number] = x.cpu()
+        else:
+            self.flow.rundir.save(_place(self.index, name, self.chunk), {"hidden": x.cpu()}, sealed=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.flow.get(self.index, name, self.chunk)
+
+    def __delitem__(self, name: str) -> None:
+        if self.flow.rundir is None:
+            del self.flow._resting[name, self.chunk.number]
+        else:
+            (self.flow.rundir.path / _place(self.index, name, self.chunk)).unlink()
+
+
 def _count(
-    see: Callable[[Matrix, Tensor, bool], None], held_out: bool, calls: int | None
+    see: Callable[[Matrix, Tensor, bool], None], held_out: bool, calls: int | None = None
 ) -> Callable[[Matrix, Tensor, Tensor], None]:
     """A function that hands on what a Watch tells and ends the forward pass at the last of ``calls``."""
     met = 0
@@ -196,7 +230,7 @@ def _count(
         met += 1
         see(matrix, x, held_out)
         if met == calls:
-            raise _Reached
+            raise Reached
 
     return tell
 
@@ -221,12 +255,12 @@ def trace_calls(model: nn.Module, decoder: Decoder, ids: Integer[Tensor, "N L"])
     def leave(layer: nn.Module, args: tuple, out: Any) -> None:
         last[:] = [_first(out)]
         if len(calls) == len(decoder.layers):
-            raise _Reached  # before a whole batch of logits is made
+            raise Reached  # before a whole batch of logits is made
 
     hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in decoder.layers]
     hooks += [layer.register_forward_hook(leave) for layer in decoder.layers]
     try:
-        with suppress(_Reached):
+        with suppress(Reached):
             model(input_ids=ids.to(_device(model)), use_cache=False)
     finally:
         for hook in hooks:
@@ -242,12 +276,12 @@ def _enter(model: nn.Module, first: nn.Module, ids: Tensor) -> tuple[Tensor, Cal
 
     def stop(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         found.append((args[0], Call(args[1:], dict(kwargs))))
-        raise _Reached
+        raise Reached
 
     hook = first.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(input_ids=ids.to(_device(model)), use_cache=False)
-    except _Reached:
+    except Reached:
         return found[0]
     finally:
         hook.remove()

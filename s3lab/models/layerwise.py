@@ -11,9 +11,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from s3lab.errors import S3Error, SolveError
-from s3lab.models.decoder import Matrix, Stage, find_stages
+from s3lab.models.decoder import Course, Matrix, Stage, find_course
 from s3lab.models.flow import Flow
 from s3lab.models.jobs import Job
+from s3lab.models.passage import Passage
 from s3lab.solvers import prune
 from s3lab.solvers.base import ScoreSolver, Solution, Solver
 from s3lab.tensors.hessian import Moment
@@ -51,21 +52,28 @@ class Recipe:
 
 def prune_layer(
     flow: Flow, index: int, recipe: Recipe, tell: Callable[[str, float | None], None]
-) -> list[dict[str, Any]]:
-    """Prune the matrices of layer ``index`` in place, and return a row for each, in the order they were pruned in.
+) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+    """Prune the matrices of layer ``index`` in place and send both streams through it.
 
-    The layer is dense and on the device of the flow, whose dense stream goes through it first.  ``tell`` hears the
-    name and error of each matrix.
+    Returns a row for each matrix, in the order they were pruned in, and how far the streams are apart behind the layer,
+    as `Flow.advance_pruned` does.  The layer is dense and on the device of the flow, whose dense stream goes first.
+    ``tell`` hears the name and error of each matrix.
     """
     rows: list[dict[str, Any]] = []
     jobs = {matrix.name: job for job in recipe.jobs[index] for matrix in job.leaders.values()}
     given: dict[str, _Shared] = {}
-    stages = _find_stages(flow, index, recipe)
-    early = [_collect(flow, index, "dense", stage) for stage in stages] if recipe.hessians == "dense" else []
-    flow.advance_dense(index)
+    course = _find_course(flow, index)
+    due = _find_due(course, recipe.jobs[index])
+    stages = _regroup(course, due if recipe.hessians == "pruned" else dict.fromkeys(due, 0))
+    dense = _Moments(flow, stages if recipe.hessians == "dense" else ())
+    flow.advance_dense(index, dense.leaders, dense.see if dense.leaders else None)
+    passage = Passage(flow, index, course, () if dense.leaders else stages, _find_final(course, recipe.jobs[index], due))
     for number, stage in enumerate(stages):
-        moments = early[number] if early else _collect(flow, index, "pruned", stage)
-        for group, (train, test) in zip(stage.groups, moments, strict=True):
+        moments = dense
+        if not dense.leaders:
+            moments = _Moments(flow, (stage,))
+            passage.watch(number, moments.see)
+        for group, (train, test) in zip(stage.groups, moments.pool(), strict=True):
             H, H_test = (moment.value() if moment.tokens else None for moment in (train, test))
             shared = _Shared(H, H_test, train.tokens, train.tokens >= flow.tokens)
             for matrix in group:
@@ -79,7 +87,7 @@ def prune_layer(
                     name = found.name.removeprefix(f"{flow.decoder.name}.{index}.")
                     rows.append({"layer": index, "name": name, **row})
                     tell(name, row["error"])
-    return rows
+    return rows, flow.advance_pruned(index, passage.leave)
 
 
 @dataclass(frozen=True)
@@ -92,46 +100,75 @@ class _Shared:
     all_tokens: bool
 
 
-def _find_stages(flow: Flow, index: int, recipe: Recipe) -> list[Stage]:
-    """The stages of a layer with only the matrices to measure in them, those of a job in the last stage of any.
+class _Moments:
+    """The second moments of the inputs of stages' groups, of the calibration and of the held-out sequences."""
 
-    A single one where no input will change.
-    """
-    matrices, (chunk, hidden) = flow.decoder.matrices[index], flow.sample(index)
+    def __init__(self, flow: Flow, stages: Sequence[Stage]) -> None:
+        self.flow = flow
+        self.leaders = {group[0].name: group[0] for stage in stages for group in stage.groups}
+        self._moments = {name: (Moment(), Moment()) for name in self.leaders}
+
+    def see(self, matrix: Matrix, x: Tensor, held_out: bool) -> None:
+        """Add inputs of a group, told by the first of its matrices."""
+        with _naming(matrix.name):
+            self._moments[matrix.name][held_out].add(x)
+
+    def pool(self) -> list[tuple[Moment, Moment]]:
+        """Return the moments of all groups over all processes."""
+        for moment in chain.from_iterable(self._moments.values()):
+            moment.pool(self.flow.team, self.flow.device)
+        return list(self._moments.values())
+
+
+def _find_course(flow: Flow, index: int) -> Course:
+    """The way through a layer, as the first sequence takes it."""
+    chunk, hidden = flow.sample(index)
     hidden = hidden.requires_grad_()
     # a layer may write into what it is given, which a leaf forbids
-    stages = find_stages(matrices, lambda: flow.run(index, chunk, hidden.clone()), chunk.ids.numel())
-    at = {matrix.name: number for number, stage in enumerate(stages) for group in stage.groups for matrix in group}
+    return find_course(
+        flow.decoder.matrices[index], lambda: flow.run(index, chunk, hidden.clone()), chunk.ids.numel()
+    )
+
+
+def _find_due(course: Course, jobs: Sequence[Job]) -> dict[str, int]:
+    """At which stage the inputs of each matrix that leads are measured: the last of those of its job."""
+    at = _number(course)
     due: dict[str, int] = {}
-    for job in recipe.jobs[index]:
+    for job in jobs:
         names = [matrix.name for matrix in job.leaders.values()]
-        due |= dict.fromkeys(names, max(at[name] for name in names) if recipe.hessians == "pruned" else 0)
+        due |= dict.fromkeys(names, max(at[name] for name in names))
+    return due
+
+
+def _find_final(course: Course, jobs: Sequence[Job], due: Mapping[str, int]) -> set[str]:
+    """The matrices that are as they will be once their own stage is pruned."""
+    at = _number(course)
+    late = {
+        matrix.name
+        for job in jobs
+        for matrix in job.matrices.values()
+        if at[matrix.name] < max(due[leader.name] for leader in job.leaders.values())
+    }
+    return at.keys() - late
+
+
+def _number(course: Course) -> dict[str, int]:
+    return {matrix.name: n for n, stage in enumerate(course.stages) for group in stage.groups for matrix in group}
+
+
+def _regroup(course: Course, due: Mapping[str, int]) -> list[Stage]:
+    """The stages of a layer with only the matrices to measure in them, each in the stage at which it is due."""
     kept = []
-    for number in range(len(stages)):
+    for number in range(len(course.stages)):
         parts = [
             (stage.once, found)
-            for stage in stages
+            for stage in course.stages
             for group in stage.groups
             if (found := tuple(matrix for matrix in group if due.get(matrix.name) == number))
         ]
         if parts:
             kept.append(Stage(tuple(group for _, group in parts), all(once for once, _ in parts)))
     return kept
-
-
-def _collect(flow: Flow, index: int, stream: str, stage: Stage) -> list[tuple[Moment, Moment]]:
-    """The second moments of the inputs of a stage's groups, of the calibration and of the held-out sequences."""
-    watched = {group[0].name: group[0] for group in stage.groups}
-    moments = {name: (Moment(), Moment()) for name in watched}
-
-    def see(matrix: Matrix, x: Tensor, held_out: bool) -> None:
-        with _naming(matrix.name):
-            moments[matrix.name][held_out].add(x)
-
-    flow.watch(index, stream, watched, see, calls=len(watched) if stage.once else None)
-    for moment in chain.from_iterable(moments.values()):
-        moment.pool(flow.team, flow.device)
-    return list(moments.values())
 
 
 def _prune_together(job: Job, given: Sequence[_Shared], recipe: Recipe, team: Team) -> list[dict[str, Any]]:

@@ -62,15 +62,19 @@ class RunDir:
         """What was committed, one record per finished layer."""
         return self.manifest["layers"]
 
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors to a safetensors file of the directory and remember its hash for the next commit."""
+    def save(self, name: str, tensors: Mapping[str, Tensor], sealed: bool = True) -> None:
+        """Write tensors to a safetensors file of the directory and remember its hash for the next commit.
+
+        What is not ``sealed`` is of use to this process alone, and has no hash.
+        """
         from safetensors.torch import save_file
 
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
-        self._hashes[name] = digest(part)
+        if sealed:
+            self._hashes[name] = digest(part)
         part.replace(path)
 
     def load(self, name: str) -> dict[str, Tensor]:

@@ -13,13 +13,14 @@ from s3lab.shapes import Float
 from s3lab.tensors.team import Team
 
 _CHUNK = 16384  # tokens turned to float32 at a time, so that half-precision inputs are never copied whole
+_BAND = 384  # rows of the moment computed at a time, each from its diagonal on
 
 
 class Moment:
     """Running second moment XᵀX / T of batches of inputs.
 
     Products are taken in float32 (float64 for float64 inputs) and summed in float64, on the device of the first
-    batch.  Cost: 2·T·K² operations and one K×K matrix.  Raises ShapeError for what is no batch of
+    batch.  Cost: T·K² operations for a large K, and one K×K matrix.  Raises ShapeError for what is no batch of
     inputs (…, K), and for no tokens.
 
     >>> moment = Moment()
@@ -48,9 +49,12 @@ class Moment:
             raise ShapeError(f"a batch of K = {X.shape[1]} inputs after batches of K = {len(self._sum)}")
         for chunk in X.split(_CHUNK):
             chunk = chunk if chunk.dtype == torch.float64 else chunk.float()
-            if not chunk.isfinite().all():
-                raise ShapeError("the inputs X hold NaN or Inf: drop those tokens or compute them in float32")
-            self._sum += (chunk.T @ chunk).to(self._sum)
+            for start in range(0, len(self._sum), _BAND):
+                product = chunk[:, start : start + _BAND].T @ chunk[:, start:]
+                # what is not finite in X is not in its squares
+                if not product.diagonal().isfinite().all():
+                    raise ShapeError("the inputs X hold NaN or Inf: drop those tokens or compute them in float32")
+                self._sum[start : start + _BAND, start:] += product
         self.tokens += len(X)
 
     def pool(self, team: Team, device: torch.device) -> None:
@@ -67,7 +71,8 @@ class Moment:
         """Return XᵀX / T; ShapeError if no token has been added."""
         if self._sum is None or self.tokens == 0:
             raise ShapeError("no tokens: a second moment needs at least one input vector")
-        return (self._sum / self.tokens).to(dtype)
+        upper = self._sum.triu() / self.tokens
+        return (upper + upper.triu(1).mT).to(dtype)
 
 
 def hessian(X: Float[Tensor, "... K"] | Iterable[Tensor]) -> Float[Tensor, "K K"]:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from s3lab.errors import DataError, SpecError
-from s3lab.models.decoder import Matrix, Watch, find_decoder, find_stages
+from s3lab.models.decoder import Matrix, Watch, find_course, find_decoder
 from s3lab.models.globs import assign
 
 pytest.importorskip("transformers")
@@ -56,7 +56,7 @@ def stages_of(model, index=0):
     (hidden, *args), kwargs = found["call"]
     hidden = hidden.detach().requires_grad_()
     layer = decoder.layers[index]
-    return find_stages(decoder.matrices[index], lambda: layer(hidden, *args, **kwargs), tokens=48)
+    return find_course(decoder.matrices[index], lambda: layer(hidden, *args, **kwargs), tokens=48).stages
 
 
 def test_layers_are_found_by_what_they_hold(make_tiny, family):
@@ -117,7 +117,7 @@ class Routed(nn.Module):
 def test_what_is_never_met_comes_last_and_what_sees_some_tokens_is_not_met_once():
     module = Routed()
     matrices = {name: Matrix(name, part) for name, part in module.named_children()}
-    stages = find_stages(matrices, lambda: module(torch.ones(3, 4, requires_grad=True)), tokens=3)
+    stages = find_course(matrices, lambda: module(torch.ones(3, 4, requires_grad=True)), tokens=3).stages
     assert read(stages) == expected("first / after / second")
     assert not any(stage.once for stage in stages)
 
@@ -131,7 +131,8 @@ def test_an_input_changed_in_place_between_two_products_is_not_shared():
         x.add_(1)
         second(x)
 
-    (stage,) = find_stages({"first": Matrix("first", first), "second": Matrix("second", second)}, forward, tokens=3)
+    matrices = {"first": Matrix("first", first), "second": Matrix("second", second)}
+    (stage,) = find_course(matrices, forward, tokens=3).stages
     assert read([stage]) == expected("first + second")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_any, tree_map_only
 
 from s3lab.errors import DataError
 
@@ -162,6 +163,21 @@ class Watch(Products):
             return out
 
         super().__init__(matrices, take)
+
+
+class Shapes(Products):
+    """Products of which some are not taken: what is computed from those is a shape alone, on torch's meta device."""
+
+    def call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Return what a function of torch gives, or the shape of that where one of its arguments is no more."""
+        if tree_any(is_shape, (args, kwargs)):
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def is_shape(leaf: object) -> bool:
+    """Return whether something is a tensor that has a shape and no values."""
+    return isinstance(leaf, Tensor) and leaf.is_meta
 
 
 def find_course(matrices: Mapping[str, Matrix], forward: Callable[[], object], tokens: int) -> Course:

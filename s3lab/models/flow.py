@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_any
 
 from s3lab.errors import DataError, ShapeError
-from s3lab.models.decoder import Decoder, Matrix, Watch
+from s3lab.models.decoder import Decoder, Matrix, Shapes, Watch, is_shape
 from s3lab.models.rundir import RunDir, state_folder
 from s3lab.shapes import Integer
 from s3lab.tensors.team import SOLO, Team
@@ -238,8 +239,19 @@ def _count(
 def trace_calls(model: nn.Module, decoder: Decoder, ids: Integer[Tensor, "N L"]) -> list[Call]:
     """Return how a forward pass over ``ids`` calls each decoder layer.
 
+    The products in the layers are left out, where the model allows that: what it gives each of them hangs on none.
     Raises DataError unless each layer is called once, in order, with the output of the one before as first argument.
     """
+    matrices = {name: matrix for found in decoder.matrices for name, matrix in found.items()}
+    with suppress(RuntimeError, NotImplementedError):
+        with Shapes(matrices, lambda matrix, x, multiply: multiply(x.to("meta"))):
+            calls = _trace_calls(model, decoder, ids)
+        if not any(tree_any(is_shape, (call.args, call.kwargs)) for call in calls):
+            return calls
+    return _trace_calls(model, decoder, ids)
+
+
+def _trace_calls(model: nn.Module, decoder: Decoder, ids: Tensor) -> list[Call]:
     calls: list[Call] = []
     last: list[Tensor] = []
 

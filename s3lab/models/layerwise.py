@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 from torch import Tensor
 
 from s3lab.errors import S3Error, SolveError
-from s3lab.models.decoder import Course, Matrix, Stage, find_course
+from s3lab.models.decoder import Course, Decoder, Matrix, Stage, find_course
 from s3lab.models.flow import Flow
 from s3lab.models.jobs import Job
 from s3lab.models.passage import Passage
@@ -59,45 +58,93 @@ def prune_layer(
     as `Flow.advance_pruned` does.  The layer is dense and on the device of the flow, whose dense stream goes first.
     ``tell`` hears the name and error of each matrix.
     """
-    rows: list[dict[str, Any]] = []
-    jobs = {matrix.name: job for job in recipe.jobs[index] for matrix in job.leaders.values()}
-    given: dict[str, _Shared] = {}
+    pruner = _Pruner(flow.decoder, index, recipe, flow.team, tell)
     course = _find_course(flow, index)
     due = _find_due(course, recipe.jobs[index])
     stages = _regroup(course, due if recipe.hessians == "pruned" else dict.fromkeys(due, 0))
     dense = _Moments(flow, stages if recipe.hessians == "dense" else ())
     flow.advance_dense(index, dense.leaders, dense.see if dense.leaders else None)
-    passage = Passage(flow, index, course, () if dense.leaders else stages, _find_final(course, recipe.jobs[index], due))
+    passage = Passage(
+        flow, index, course, () if dense.leaders else stages, _find_final(course, recipe.jobs[index], due)
+    )
     for number, stage in enumerate(stages):
         moments = dense
         if not dense.leaders:
             moments = _Moments(flow, (stage,))
             passage.watch(number, moments.see)
-        for group, (train, test) in zip(stage.groups, moments.pool(), strict=True):
-            H, H_test = (moment.value() if moment.tokens else None for moment in (train, test))
-            shared = _Shared(H, H_test, train.tokens, train.tokens >= flow.tokens)
-            for matrix in group:
-                given[matrix.name], job = shared, jobs[matrix.name]
-                names = [leader.name for leader in job.leaders.values()]
-                if not given.keys() >= set(names):
-                    continue
-                with _naming(" & ".join(names)):
-                    figures = _prune_together(job, [given.pop(name) for name in names], recipe, flow.team)
-                for found, row in zip(job.matrices.values(), figures, strict=True):
-                    name = found.name.removeprefix(f"{flow.decoder.name}.{index}.")
-                    rows.append({"layer": index, "name": name, **row})
-                    tell(name, row["error"])
-    return rows, flow.advance_pruned(index, passage.leave)
+        for group, found in zip(stage.groups, moments.pool(), strict=True):
+            pruner.take([matrix.name for matrix in group], found)
+    return pruner.rows, flow.advance_pruned(index, passage.leave)
+
+
+def measure_layer(flow: Flow, index: int) -> dict[tuple[str, ...], Measured]:
+    """Send the dense stream through layer ``index`` and return what is known of each input in it.
+
+    Inputs go by the names of the matrices that share them.  The layer is dense and on the device of the flow.
+    """
+    groups = [group for stage in _find_course(flow, index).stages for group in stage.groups]
+    moments = _Moments(flow, (Stage(tuple(groups), once=False),))
+    flow.advance_dense(index, moments.leaders, moments.see)
+    return {tuple(matrix.name for matrix in group): found for group, found in zip(groups, moments.pool(), strict=True)}
+
+
+def prune_measured(
+    decoder: Decoder,
+    index: int,
+    measured: Mapping[tuple[str, ...], Measured],
+    recipe: Recipe,
+    team: Team,
+    tell: Callable[[str, float | None], None],
+) -> list[dict[str, Any]]:
+    """Prune the matrices of layer ``index`` in place by what `measure_layer` found, and return a row for each."""
+    pruner = _Pruner(decoder, index, recipe, team, tell)
+    for names, found in measured.items():
+        pruner.take(names, found)
+    return pruner.rows
 
 
 @dataclass(frozen=True)
-class _Shared:
+class Measured:
     """What is known of an input: its second moments, its tokens, and whether these are all there are."""
 
     H: Tensor | None
     H_test: Tensor | None
     tokens: int
     all_tokens: bool
+
+
+class _Pruner:
+    """Prunes each job of a layer as soon as the inputs of all that lead in it are known."""
+
+    def __init__(
+        self, decoder: Decoder, index: int, recipe: Recipe, team: Team, tell: Callable[[str, float | None], None]
+    ) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._index, self._head, self._recipe, self._team, self._tell = (
+            index,
+            f"{decoder.name}.{index}.",
+            recipe,
+            team,
+            tell,
+        )
+        self._jobs = {matrix.name: job for job in recipe.jobs[index] for matrix in job.leaders.values()}
+        self._given: dict[str, Measured] = {}
+
+    def take(self, names: Iterable[str], found: Measured) -> None:
+        """Hear what is known of the input that the named matrices share."""
+        for name in names:
+            job = self._jobs.get(name)
+            if job is None:
+                continue
+            self._given[name] = found
+            leaders = [leader.name for leader in job.leaders.values()]
+            if not self._given.keys() >= set(leaders):
+                continue
+            with _naming(" & ".join(leaders)):
+                figures = _prune_together(job, [self._given.pop(name) for name in leaders], self._recipe, self._team)
+            for matrix, row in zip(job.matrices.values(), figures, strict=True):
+                self.rows.append({"layer": self._index, "name": matrix.name.removeprefix(self._head), **row})
+                self._tell(self.rows[-1]["name"], row["error"])
 
 
 class _Moments:
@@ -113,11 +160,15 @@ class _Moments:
         with _naming(matrix.name):
             self._moments[matrix.name][held_out].add(x)
 
-    def pool(self) -> list[tuple[Moment, Moment]]:
-        """Return the moments of all groups over all processes."""
-        for moment in chain.from_iterable(self._moments.values()):
-            moment.pool(self.flow.team, self.flow.device)
-        return list(self._moments.values())
+    def pool(self) -> list[Measured]:
+        """Return what all processes together know of each group's input."""
+        found = []
+        for moments in self._moments.values():
+            for moment in moments:
+                moment.pool(self.flow.team, self.flow.device)
+            H, H_test = (moment.value() if moment.tokens else None for moment in moments)
+            found.append(Measured(H, H_test, moments[0].tokens, moments[0].tokens >= self.flow.tokens))
+        return found
 
 
 def _find_course(flow: Flow, index: int) -> Course:
@@ -125,9 +176,7 @@ def _find_course(flow: Flow, index: int) -> Course:
     chunk, hidden = flow.sample(index)
     hidden = hidden.requires_grad_()
     # a layer may write into what it is given, which a leaf forbids
-    return find_course(
-        flow.decoder.matrices[index], lambda: flow.run(index, chunk, hidden.clone()), chunk.ids.numel()
-    )
+    return find_course(flow.decoder.matrices[index], lambda: flow.run(index, chunk, hidden.clone()), chunk.ids.numel())
 
 
 def _find_due(course: Course, jobs: Sequence[Job]) -> dict[str, int]:
@@ -171,7 +220,7 @@ def _regroup(course: Course, due: Mapping[str, int]) -> list[Stage]:
     return kept
 
 
-def _prune_together(job: Job, given: Sequence[_Shared], recipe: Recipe, team: Team) -> list[dict[str, Any]]:
+def _prune_together(job: Job, given: Sequence[Measured], recipe: Recipe, team: Team) -> list[dict[str, Any]]:
     """Prune a job's matrices in place, or leave them dense if one saw too few tokens, and return a row for each.
 
     All processes of the team do so together.  ``given`` is what is known of the leaders' inputs, in order.

@@ -1,17 +1,15 @@
-"""A decoder layer passed stage by stage: what a stage leaves is laid aside for the next, so that no product is taken twice."""
+"""A decoder layer passed stage by stage: what a stage leaves is laid aside, so that no product is taken twice."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_map_only
 
-from s3lab.models.decoder import OUTPUT, Course, Matrix, Products, Stage
+from s3lab.models.decoder import OUTPUT, Course, Matrix, Shapes, Stage
 from s3lab.models.flow import Chunk, Flow, Reached, Shelf
 
 See = Callable[[Matrix, Tensor, bool], None]
@@ -100,7 +98,7 @@ class Passage:
             return out
 
         try:
-            with _Shapes(self.matrices, take):
+            with Shapes(self.matrices, take):
                 return self.flow.run(self.index, chunk, hidden)
         finally:
             for name in step.done:
@@ -120,16 +118,6 @@ class Passage:
         except (RuntimeError, NotImplementedError, KeyError, AssertionError):
             return False
         return True
-
-
-class _Shapes(Products):
-    """Products of which some are not taken: what is computed from those is a shape alone, on torch's meta device."""
-
-    def call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Return what a function of torch gives, or the shape of that where one of its arguments is no more."""
-        if tree_any(lambda leaf: isinstance(leaf, Tensor) and leaf.is_meta, (args, kwargs)):
-            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        return func(*args, **kwargs)
 
 
 def plan_steps(course: Course, stages: Sequence[Stage]) -> list[Step]:

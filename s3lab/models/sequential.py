@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,7 +23,8 @@ from s3lab.models import corpus
 from s3lab.models.decoder import Decoder, find_decoder
 from s3lab.models.flow import Chunk, Flow, cut_chunks
 from s3lab.models.jobs import Specs, choose, choose_jobs, read_tables, write_tables
-from s3lab.models.layerwise import Recipe, prune_layer
+from s3lab.models.layerwise import Recipe, prune_layer, prune_measured
+from s3lab.models.moments import keep_moments, read_moments
 from s3lab.models.rundir import RunDir, hash_tensors, layer_file
 from s3lab.shapes import Integer
 from s3lab.solvers import make_score, make_solver
@@ -84,6 +85,7 @@ def prune_model(
     salient: str | ScoreSolver | None = None,
     held_out: float = 0.1,
     hessians: str = "pruned",
+    moments: str | Path | None = None,
     batch: int = 8,
     scarce: float | None = None,
     min_tokens: int | None = None,
@@ -98,7 +100,9 @@ def prune_model(
     """Prune the matrices in the decoder layers of a model, in place, and return the Run.
 
     Within a layer the matrices are pruned in the order in which their inputs become available, each on second
-    moments of its inputs in the model as pruned so far; ``hessians="dense"`` takes those of the dense model.
+    moments of its inputs in the model as pruned so far; ``hessians="dense"`` takes those of the dense model, and from
+    the folder ``moments``, if it is given: made there by the first run, they spare all others with the same model and
+    calibration every forward pass, and how far the layers' outputs are apart is then not measured.
     ``calibration`` is a source of text as `corpus.tokens` takes it, of which ``sequences`` of ``length`` tokens are
     drawn with ``seed``, or ready sequences (N, L) int64, which need no tokenizer; a share ``held_out`` of them enters
     no second moment and gives the held-out errors, by which ``damp="auto"`` picks the damping of each matrix.
@@ -128,8 +132,8 @@ def prune_model(
     Raises SpecError for specs that fit no matrix and globs that match none, DataError for a model that is not a
     chain of layers, too few sequences, a run directory of other settings and processes that were not given the same,
     SolveError where a solver cannot go on.
-    Cost: two forward passes of each layer over all sequences, of the dense and of the pruned model, their second moments,
-    and that of the solver.
+    Cost: two forward passes of each layer over all sequences, of the dense and of the pruned model, the second moments,
+    and the solver.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
     >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -143,6 +147,10 @@ def prune_model(
     tables = read_tables(spec)
     solvers = solver if isinstance(solver, Mapping) else {"*": solver}
     solvers = {glob: make_solver(value) for glob, value in solvers.items()}
+    if moments is not None and hessians != "dense":
+        raise DataError(
+            f"moments in a folder are those of the dense model, not of the {hessians} one: hessians='dense'"
+        )
     options: dict[str, Any] = {
         "damp": damp,
         "refit": refit,
@@ -160,16 +168,20 @@ def prune_model(
         ids = corpus.tokens(tokenizer, "calibration", length, sequences, seed, ids)
     recipe = Recipe(choose_jobs(decoder, model.config, tables), choose(decoder, solvers), **options)
     chunks = cut_chunks(ids, held_out, batch, seed)
-    settings = {
+    source = {
         **_fingerprint(model),
         "calibration": hash_tensors({"ids": ids}),
+        "held_out": held_out,
+        "batch": batch,
+        "seed": seed,
+    }
+    settings = {
+        **source,
         "spec": write_tables(tables),
         "solver": {glob: repr(value) for glob, value in solvers.items()},
         **options,
         "salient": None if salient is None else repr(options["salient"]),
-        "held_out": held_out,
-        "batch": batch,
-        "seed": seed,
+        "moments": moments is not None,
         "device": place.type,
         "versions": {"python": platform.python_version(), "s3lab": __version__}
         | {package: version(package) for package in ("torch", "transformers")},
@@ -186,8 +198,11 @@ def prune_model(
         _check_alike(team, settings)
         rundir = None if out is None else RunDir(out, settings, facts, team)
         done = sum(len(record["matrices"]) for record in rundir.layers) if rundir else 0
+        files: Sequence[Path] = ()
+        if moments is not None:
+            files = keep_moments(moments, source, lambda: Flow(model, decoder, chunks, place, team=team))
         with _report(team.rank == 0 and progress, recipe.total, done) as report:
-            records = _walk(model, decoder, chunks, recipe, place, rundir, team, measure, report)
+            records = _walk(model, decoder, chunks, recipe, place, rundir, team, measure, report, files)
     return Run(
         model,
         [row for record in records for row in record["matrices"]],
@@ -207,20 +222,24 @@ def _walk(
     team: Team,
     measure: Callable[[PreTrainedModel], Mapping[str, float]] | None,
     report: Callable[[Step], object],
+    measured: Sequence[Path],
 ) -> list[dict[str, Any]]:
-    """Take all layers in turn, those that are finished from the run directory, and return their records."""
+    """Take all layers in turn, those that are finished from the run directory, and return their records.
+
+    ``measured`` are the files of their second moments, where they need no stream to be pruned.
+    """
     records = list(rundir.layers) if rundir else []
     finished, count = len(records), len(decoder.layers)
     # without an intact state, the finished layers are walked through again, which gives it bit by bit
-    start = finished if finished == count else rundir.usable_state() if rundir else 0
+    start = finished if finished == count or measured else rundir.usable_state() if rundir else 0
     if rundir:
         for index in range(start):
             _restore(rundir, decoder, index)
         if finished == count:
             rundir.close()
             return records
-    flow = Flow(model, decoder, chunks, place, rundir, team)
-    if start == 0:
+    flow = None if measured else Flow(model, decoder, chunks, place, rundir, team)
+    if flow and start == 0:
         flow.embed()
     solved = sum(len(record["matrices"]) for record in records)
     for index in range(start, count):
@@ -232,20 +251,25 @@ def _walk(
 
         began = time.perf_counter()
         with _resident(decoder.layers[index], place):
-            if rundir and index < finished:
+            if flow is None:
+                rows = prune_measured(decoder, index, read_moments(measured[index]), recipe, team, tell)
+                apart: dict[str, float | None] = {"output_error": None, "output_error_test": None}
+            elif rundir and index < finished:
                 flow.advance_dense(index)
                 _restore(rundir, decoder, index)
                 flow.advance_pruned(index)
                 flow.drop(index)
                 continue
-            rows, apart = prune_layer(flow, index, recipe, tell)
+            else:
+                rows, apart = prune_layer(flow, index, recipe, tell)
         before = records[-1]["layer"]["time_s"] if records else 0.0
         layer = {"layer": index, **apart, "time_s": before + time.perf_counter() - began}
         layer.update(measure(model) if measure else {})
         records.append({"matrices": rows, "layer": layer})
         if rundir:
             rundir.commit(_weights(decoder, index, rows), records[-1])
-        flow.drop(index)
+        if flow:
+            flow.drop(index)
     if rundir:
         rundir.close()
     return records

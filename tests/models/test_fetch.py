@@ -261,8 +261,8 @@ def test_of_two_calls_at_a_time_one_converts_and_both_have_it(cache, monkeypatch
         convert(*given)
 
     monkeypatch.setattr(module, "_convert", slow)
-    first = Thread(target=lambda: found.append(fetch("tiny-model")))
-    second = Thread(target=lambda: found.append(fetch("tiny-model", log=lambda line: waits.set())))
+    first = Thread(target=lambda: found.append(fetch("tiny-model")), daemon=True)
+    second = Thread(target=lambda: found.append(fetch("tiny-model", log=lambda line: waits.set())), daemon=True)
     first.start()
     begun.wait()
     second.start()

@@ -1,4 +1,4 @@
-"""How pytest runs: properties repeat, slow and GPU tests are skipped aloud, figures/ is left alone."""
+"""How pytest runs: properties repeat, slow and GPU tests are skipped, notebooks run on less, figures/ is left alone."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import tempfile
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, settings
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
@@ -43,11 +44,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip, with the reason in the report, what this run was not asked for or this machine cannot do."""
+    """Skip, with the reason in the report, what was not asked for or cannot be; give notebooks the test profile."""
+    profile = yaml.safe_load((config.rootpath / "notebooks" / "profiles" / "test.yaml").read_text())
     for item in items:
-        if isinstance(item, IPyNbCell) and item.cell.outputs:
-            item.cell.execution_count = 1  # nbval compares no cell without one, and nbstripout leaves none
-        if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: needs --run-slow"))
+        if isinstance(item, IPyNbCell):
+            if item.cell.outputs:
+                item.cell.execution_count = 1  # nbval compares no cell without one, and nbstripout leaves none
+            if "parameters" in item.cell.metadata.get("tags", []):
+                shorter = profile.get(item.path.stem, {})
+                item.cell.source += "".join(f"\n{name} = {value!r}" for name, value in shorter.items())
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
+            if not config.getoption("--run-slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: needs --run-slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))

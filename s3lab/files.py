@@ -19,8 +19,7 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        settle(part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -30,3 +29,12 @@ def write(path: Path, data: bytes) -> None:
     """Write ``data`` to a file, whole or not at all; the folder is made if it is missing."""
     with replacing(path) as part:
         part.write_bytes(data)
+
+
+def settle(path: Path) -> None:
+    """Wait until a file, or the list of a folder, is on the disk, so that a crash of the machine cannot undo it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,4 +1,4 @@
-"""The command line: ``s3lab show | check | reproduce | prune | eval``."""
+"""The command line: ``s3lab show | check | reproduce | fetch | prune | eval``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     An interrupt is 130, as in a shell.
     """
-    commands = {"show": _show, "check": _check, "reproduce": _reproduce, "prune": _prune, "eval": _eval}
+    commands = {
+        "show": _show,
+        "check": _check,
+        "reproduce": _reproduce,
+        "fetch": _fetch,
+        "prune": _prune,
+        "eval": _eval,
+    }
     try:
         options = make_parser(commands).parse_args(arguments)
         return options.run(options)
@@ -88,6 +95,14 @@ def _reproduce(options: argparse.Namespace) -> int:
     )
     print(summarise(outcomes, options.out))
     return int(any(outcome.error for outcome in outcomes))
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    _need("transformers", "gguf")
+    from s3lab.models.fetch import describe, fetch
+
+    print(describe(fetch(options.model, options.cache, log=print)))
+    return 0
 
 
 def _prune(options: argparse.Namespace) -> int:

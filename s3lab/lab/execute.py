@@ -51,6 +51,7 @@ def _stop_with_input() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are started without
     order = json.loads(sys.stdin.readline())
     Thread(target=_stop_with_input, daemon=True).start()
     execute(**order)

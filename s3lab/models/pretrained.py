@@ -1,13 +1,15 @@
-"""A language model and its tokenizer by name: one that ships with the package, a folder, or the hub's."""
+"""A language model and its tokenizer by name: one that ships or was fetched, a folder, a GGUF file, or the hub's."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from struct import error as BadStruct
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from s3lab.errors import DataError
+from s3lab.models.fetchable import FETCHABLE, find
 from s3lab.models.reference import REFERENCE_DIR
 
 if TYPE_CHECKING:
@@ -21,33 +23,32 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to evaluate, on ``device``.
 
-    ``name`` is "reference", "small" or "tiny" for those that ship with the package, a folder as ``save_pretrained``
-    leaves it, or a model of the Hugging Face hub; ``dtype`` "auto" is the one it was saved in.  Weights come from
-    safetensors only and no code comes with them.  DataError if the model cannot be had, or lacks weights.
+    ``name`` is "reference", "small" or "tiny" for those that ship with the package, one of `FETCHABLE` that has been
+    fetched, a folder as ``save_pretrained`` leaves it, a ``.gguf`` file of an architecture that transformers reads, or
+    a model of the Hugging Face hub.  ``dtype`` "auto" is the one it was saved in; the quantised weights of a GGUF file
+    are unpacked, to float32.  Weights come from safetensors or GGUF only and no code comes with them.  DataError if the
+    model cannot be had, or lacks weights.
 
     >>> model, tokenizer = load_model("reference")
     >>> model.dtype, tokenizer.decode(tokenizer.encode("with open"))
     (torch.bfloat16, 'with open')
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = REFERENCE_DIR.parent / name if name in SHIPPED else Path(name)
-    source, local = (str(place), True) if place.is_dir() else (str(name), False)
+    source, options = _find(name)
+    unpacked = {}
+    if "gguf_file" in options and hasattr(transformers, "GgufConfig"):  # older ones always unpack
+        unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-        model, loaded = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            source,
-            dtype=dtype,
-            local_files_only=local,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **unpacked
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, NotImplementedError, ImportError, BadStruct, SafetensorError) as error:
         raise DataError(
             f"no model can be loaded from {str(name)!r} ({str(error).strip().splitlines()[0]}): without a network, "
-            "give the folder of a saved model, or 'reference' for the one that ships with s3lab"
+            f"give the folder of a saved model, a .gguf file, or one of {', '.join((*SHIPPED, *FETCHABLE))}"
         ) from error
     if missing := sorted(loaded["missing_keys"]):
         raise DataError(
@@ -55,3 +56,16 @@ def load_model(
             "random ones: save it again with save_pretrained"
         )
     return model.to(device).eval(), tokenizer
+
+
+def _find(name: str | Path) -> tuple[str, dict[str, Any]]:
+    """Return what transformers is to load for a name, and by which options."""
+    place = REFERENCE_DIR.parent / name if name in SHIPPED else find(str(name)) if name in FETCHABLE else Path(name)
+    safe = {"trust_remote_code": False}
+    if place.is_dir():
+        return str(place), {**safe, "local_files_only": True}
+    if place.suffix == ".gguf":
+        if not place.is_file():
+            raise DataError(f"there is no file {str(name)!r}: give the path of a GGUF file")
+        return str(place.parent), {**safe, "local_files_only": True, "gguf_file": place.name}
+    return str(name), safe

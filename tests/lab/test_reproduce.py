@@ -8,9 +8,10 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import nbformat
 import pytest
@@ -325,14 +326,21 @@ def test_a_reader_is_redone_when_the_tables_it_reads_have_changed(house, job, ex
     assert {name for name, value in inputs().items() if value != before[name]} == {"two.csv"}
 
 
+@contextmanager
 def start(*arguments):
-    program = "from s3lab.lab.cli import main; raise SystemExit(main())"
-    return subprocess.Popen(
+    """Start a command that an interrupt interrupts, even if these tests run where that is ignored; kill it at last."""
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{listen}; from s3lab.lab.cli import main; raise SystemExit(main())"
+    with subprocess.Popen(
         [sys.executable, "-c", program, "reproduce", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_an_interrupted_grid_goes_on_with_what_is_missing(house):
@@ -359,6 +367,20 @@ def test_an_interrupted_grid_goes_on_with_what_is_missing(house):
     assert process.returncode == 0 and told.count("up to date  made") == 2
     assert "4 of 6 notebooks ran" in told
     assert [(folder / "made.json").stat().st_mtime_ns for folder in done] == times
+
+
+def test_a_job_is_stopped_where_interrupts_are_ignored(house, job):
+    class Begun(Event):
+        def wait(self, timeout=None):
+            return super().wait(timeout) or (house / "made" / "begun").exists()
+
+    job.parameters.update(size=2)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        found = module.run(job, house / "made", stop=Begun())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found.error == "KeyboardInterrupt" and not found.made
 
 
 @pytest.mark.slow

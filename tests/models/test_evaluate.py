@@ -204,7 +204,7 @@ def test_a_saved_folder_is_loaded_in_its_own_dtype_or_another(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["some/model", "./nowhere/to/be/found", "nowhere"])
 def test_a_model_that_is_nowhere_is_named(name):
-    with pytest.raises(DataError, match=rf"no model can be loaded from '{name}' \(.*'reference' for the one"):
+    with pytest.raises(DataError, match=rf"no model can be loaded from '{name}' \(.*or one of reference, small"):
         load_model(name)
 
 

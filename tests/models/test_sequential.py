@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -380,10 +379,12 @@ save_file({name: p.data for name, p in model.named_parameters() if "embed" not i
 def kill_after(lines, out):
     """Run the script, kill it after so many lines of progress, and tell whether it came to its end before."""
     with subprocess.Popen([sys.executable, "-c", SCRIPT, out], stdout=subprocess.PIPE, text=True) as process:
-        for _ in range(lines):
-            if not process.stdout.readline():
-                break
-        process.send_signal(signal.SIGKILL)
+        try:
+            for _ in range(lines):
+                if not process.stdout.readline():
+                    break
+        finally:
+            process.kill()
     return process.returncode == 0
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,8 +94,9 @@ def read(split: str, source: str | Path = "stdlib", seed: int = 0) -> Iterator[s
 
     ``source`` is "stdlib"; the path of a UTF-8 file, whose paragraphs are documents named by their words; or
     "c4", "wikitext" or "wikitext-103" of the Hugging Face hub, streamed in an order drawn with ``seed``: their
-    training text is both "train" and "calibration".  DataError if there is no such split, no such file, it is
-    not UTF-8, or the hub cannot be reached.
+    training text is both "train" and "calibration".  A file or "stdlib" may be cut instead, as `cut_source` reads
+    it: "FILE[:50%]" is the first half of its documents by length, "FILE[50%:]" the rest, each whole in any split.
+    DataError if there is no such split, no such file, it is not UTF-8, or the hub cannot be reached.
 
     >>> sum(len(text.split()) for text in read("test")) > 20_000
     True
@@ -104,8 +105,26 @@ def read(split: str, source: str | Path = "stdlib", seed: int = 0) -> Iterator[s
         raise DataError(f"no split is called {split!r}: choose one of {', '.join(SPLITS)}")
     if source in HUB:
         return _stream(str(source), split, seed)
-    chosen = documents() if source == "stdlib" else _read_file(Path(source))
-    return (document.text for document in chosen if document.split == split)
+    path, part = cut_source(source)
+    chosen = documents() if path == "stdlib" else _read_file(Path(path))
+    if part is None:
+        return (document.text for document in chosen if document.split == split)
+    total = sum(len(document.text) for document in chosen)
+    begins = accumulate((len(document.text) for document in chosen), initial=0)
+    share = (100 * begin / total for begin in begins)
+    return (document.text for document, at in zip(chosen, share, strict=False) if part[0] <= at < part[1])
+
+
+def cut_source(source: str | Path) -> tuple[str, tuple[int, int] | None]:
+    """Return the path of a source and the part of it that it asks for, in per cent; None where it asks for no part.
+
+    >>> cut_source("text.txt[:50%]"), cut_source("text.txt[50%:]"), cut_source("text.txt")
+    (('text.txt', (0, 50)), ('text.txt', (50, 100)), ('text.txt', None))
+    """
+    found = re.fullmatch(r"(.+)\[(?:([0-9]{1,2})%)?:(?:([0-9]{1,2})%)?\]", str(source))
+    if found is None:
+        return str(source), None
+    return found[1], (int(found[2] or 0), int(found[3] or 100))
 
 
 def text(split: str, source: str | Path = "stdlib") -> str:

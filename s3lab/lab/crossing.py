@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import s3lab
 from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError
 from s3lab.files import write
+from s3lab.lab.fresh import hash_source
 from s3lab.models import corpus
 from s3lab.models.pretrained import load_model
 from s3lab.models.reference import perplexity
@@ -38,12 +40,13 @@ class Crossing:
 
     ``sequences`` of ``length`` tokens calibrate, and ``windows`` of them measure.  With ``hessians`` "dense" the
     second moments of each text are measured once, and serve all methods; "pruned" measures them again behind every
-    pruned stage.  What is finished is kept in ``folder``: a row, or a text's moments, is never made twice.
+    pruned stage.  What is finished is kept in ``folder``: a row is made again only where the code of the algebra, the
+    tensors or the solvers has changed.
     """
 
     model: str
-    texts: Mapping[str, tuple[str, str]]
-    folder: str
+    texts: Mapping[str, Sequence[str]]
+    folder: str | Path
     dtype: str = "bfloat16"
     hessians: str = "dense"
     sequences: int = 128
@@ -53,7 +56,13 @@ class Crossing:
     seed: int = 0
     device: str = "cpu"
 
-    def rows(self, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] = (), tokens: int = 40) -> Iterator[dict]:
+    def rows(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        calibrated_on: Sequence[str],
+        prompts: Sequence[str] = (),
+        tokens: int = 40,
+    ) -> Iterator[dict[str, Any]]:
         """Yield a row for the dense model, then for each text to calibrate on one of each pair of pattern and method.
 
         A method is the name of a solver, with "auto" behind it for damping by held-out error, or "variance" for rows
@@ -63,11 +72,12 @@ class Crossing:
         """
         for _, method in pairs:
             _read_method(method)
-        jobs = [(DENSE, DENSE, ""), *((pattern, method, text) for text in self.texts for pattern, method in pairs)]
+        jobs = [(DENSE, DENSE, ""), *((pattern, method, text) for text in calibrated_on for pattern, method in pairs)]
         loaded: list[tuple[PreTrainedModel, PreTrainedTokenizerBase]] = []
+        source = [hash_source(Path(s3lab.__file__).parent / floor) for floor in ("algebra", "tensors", "solvers")]
         for pattern, method, text in jobs:
             told = {"pattern": pattern, "method": method, "calibrated_on": text}
-            key = {**asdict(self), **told, "prompts": list(prompts), "tokens": tokens}
+            key = {**asdict(self), **told, "prompts": list(prompts), "tokens": tokens, "source": source}
             del key["folder"]
             digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
             kept = Path(self.folder) / "rows" / f"{digest}.json"

@@ -27,7 +27,7 @@ def hash_inputs(notebook: Path, parameters: Mapping[str, Any], folder: Path) -> 
     inputs = {
         "notebook": hash_code(notebook),
         "parameters": hashlib.sha256(_as_json(parameters).encode()).hexdigest(),
-        "s3lab": _hash_source(Path(s3lab.__file__).parent),
+        "s3lab": hash_source(Path(s3lab.__file__).parent),
     }
     for text in _texts(parameters.values()):
         inputs |= {f"{text}: {file.name}": _hash(file) for file in _files(notebook.parent / text)}
@@ -100,7 +100,8 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
-def _hash_source(package: Path) -> str:
+def hash_source(package: Path) -> str:
+    """Return the SHA-256 of the files of a package, or of one of its floors, by their names."""
     names = sorted(path.relative_to(package) for path in package.rglob("*") if path.is_file())
     kept = [name for name in names if not any(part == "__pycache__" or part.startswith(".") for part in name.parts)]
     named = {str(name): _hash(package / name) for name in kept}

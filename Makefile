@@ -2,6 +2,7 @@
 PYTHON   ?= python3
 PROFILE  ?= quick
 JOBS     ?= $(if $(filter quick,$(PROFILE)),2,1)
+FORCE    ?= $(if $(filter quick,$(PROFILE)),--force)
 OPEN     ?= 08_explore_patterns
 BIN      := .venv/bin
 STAMP    := .venv/installed
@@ -16,8 +17,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make lab         JupyterLab on the notebooks, with the pattern explorer open   OPEN=09_explore_pruning"
-	@echo "make reproduce   every notebook of a profile, into figures/     PROFILE=quick|paper|FILE  NOTEBOOKS='01 02'"
-	@echo "                 two side by side, which weighs on what they time; one with JOBS=1"
+	@echo "make reproduce   every notebook of a profile, into figures/     PROFILE=quick|smollm2|paper|FILE  NOTEBOOKS='01 02'"
+	@echo "                 quick: all, two side by side, which weighs on what they time; one with JOBS=1"
+	@echo "                 another profile: into figures/PROFILE, one by one, what is up to date is left; a stopped one goes on"
 	@echo "make test        the whole test suite, notebooks included       ARGS='-k layout'"
 	@echo "make docs        the documentation, into site/, from pages, docstrings and notebooks"
 	@echo "make lint        ruff, pyright, and notebooks without outputs"
@@ -45,7 +47,7 @@ lab: install
 	@cd notebooks && ../$(BIN)/jupyter lab $(OPEN).ipynb
 
 reproduce: install
-	@$(BIN)/s3lab reproduce $(NOTEBOOKS) --profile $(PROFILE) --jobs $(JOBS) --force
+	@$(BIN)/s3lab reproduce $(NOTEBOOKS) --profile $(PROFILE) --jobs $(JOBS) $(FORCE)
 
 test: install
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --nbval-lax $(ARGS)

@@ -83,17 +83,19 @@ def _reproduce(options: argparse.Namespace) -> int:
     _need("papermill", "matplotlib", "pandas", *(["distributed"] if options.dask else []))
     from s3lab.lab.reproduce import reproduce, summarise
 
+    name = Path(options.profile).stem
+    out = options.out or ("figures" if name == "quick" else f"figures/{name}")
     outcomes = reproduce(
         options.names,
         options.profile,
-        options.out,
+        out,
         values=options.set,
         grid=options.grid,
         workers=options.jobs,
         dask=options.dask,
         force=options.force,
     )
-    print(summarise(outcomes, options.out))
+    print(summarise(outcomes, out))
     return int(any(outcome.error for outcome in outcomes))
 
 

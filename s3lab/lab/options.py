@@ -43,10 +43,11 @@ What is missing has a line of remedy.  exit status: 0 if the core works, whateve
 _REPRODUCE = """\
 Run the notebooks of a profile and leave their tables, figures and records in a folder.
 
-The quick profile takes minutes and needs neither a GPU nor a network; the paper profile takes the paper's
-sizes and a CUDA device.  A profile is a YAML file, {notebook: {parameter: value}}; an unknown notebook or
-parameter is an error before anything runs.  Executed notebooks are kept in FOLDER/runs/, with the traceback
-where one failed; a failed one stops only those that read its tables.
+The quick profile takes minutes and needs neither a GPU nor a network; smollm2 takes hours and a real language
+model, which `s3lab fetch smollm2` brings; the paper profile takes the paper's sizes and a CUDA device.  A profile is a
+YAML file, {notebook: {parameter: value}}; an unknown notebook or parameter is an error before anything runs.
+Executed notebooks are kept in FOLDER/runs/, with the traceback where one failed; a failed one stops only those that
+read its tables.
 
 A notebook is skipped if its figures are up to date: their records tell that its code, its parameters, s3lab's source
 and the files it reads are those of now.  Ctrl-C loses only what is under way; the same command goes on.
@@ -55,6 +56,7 @@ _REPRODUCE_EXAMPLES = """\
 examples:
   s3lab reproduce                                  every notebook of the quick profile
   s3lab reproduce 01 02 --force                    these two, by number, up to date or not
+  s3lab reproduce --profile smollm2                every table of a real model, into figures/smollm2/
   s3lab reproduce 02 --profile paper               Table 1 at the paper's size
   s3lab reproduce --profile mine.yaml --out mine   your own parameters, your own folder
   s3lab reproduce 02 --set damp=0.1 --set 'solvers=["sobs"]'
@@ -175,8 +177,10 @@ def _add_reproduce(reproduce: argparse.ArgumentParser) -> None:
     reproduce.add_argument(
         "names", nargs="*", metavar="NAME", help="notebooks, by number or name (default: all of the profile)"
     )
-    reproduce.add_argument("--profile", default="quick", help="quick, paper, or a YAML file (default: quick)")
-    reproduce.add_argument("--out", default="figures", metavar="FOLDER", help="for the results (default: figures)")
+    reproduce.add_argument("--profile", default="quick", help="quick, smollm2, paper, or a YAML file (default: quick)")
+    reproduce.add_argument(
+        "--out", metavar="FOLDER", help="for the results (default: figures, of another profile than quick figures/NAME)"
+    )
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, repeated")
     reproduce.add_argument(
         "--grid", action="append", default=[], metavar="NAME=V,V", help="a run for each value; repeated, for each pair"

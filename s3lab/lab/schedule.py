@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,14 +16,18 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm import tqdm
 
 from s3lab.errors import DataError
+from s3lab.lab.fresh import own_records
 from s3lab.lab.job import Job, Outcome, executed, run
-from s3lab.lab.notebook import count_cells, count_done
+from s3lab.lab.notebook import count_cells, count_done, read_parameters
 
 if TYPE_CHECKING:
     from distributed import Client
 
 _TICK_S = 0.3
 _PATIENCE_S = 10
+_CELL_S = 5.0  # a cell, where no record says better
+_NEARLY = 0.95  # of a job that takes longer than it is expected to
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
 
 
 def run_all(
@@ -101,13 +106,20 @@ def _connect(address: str) -> Client:
 
 
 class _Bar:
-    """A bar over the cells of all jobs that names the notebook under way and how far it is."""
+    """A bar over the seconds that the jobs take, with the time that is left, and the notebook under way.
+
+    A job is expected to take as long as the records in its folder say that it took, or as its cells do elsewhere.
+    """
 
     def __init__(self, jobs: Sequence[Job], out: Path, file: TextIO | None) -> None:
         self.out, self.began = out, time.time()
         self.cells = {job.name: count_cells(job.notebook) for job in jobs}
-        self.done: dict[str, int] = {}
-        self.bar = tqdm(total=sum(self.cells.values()), unit="cell", file=file)
+        known = {job.name: seconds for job in jobs if (seconds := _recall_time(job, out))}
+        a_cell = sum(known.values()) / sum(self.cells[name] for name in known) if known else _CELL_S
+        self.seconds = {name: known.get(name, a_cell * cells) for name, cells in self.cells.items()}
+        self.started: dict[str, float] = {}
+        self.done: dict[str, float] = {}
+        self.bar = tqdm(total=round(sum(self.seconds.values())), unit="s", file=file, bar_format=_BAR)
 
     def __enter__(self) -> _Bar:
         return self
@@ -116,14 +128,23 @@ class _Bar:
         self.bar.close()
 
     def show(self, running: Iterable[Job], ended: Iterable[str]) -> None:
-        """Draw the bar: the cells of the jobs that have ended, and those that have run of the jobs that have not."""
+        """Draw the bar: all of the jobs that have ended, and of those under way what their time and cells say."""
         begun = []
         for job in running:
-            done = count_done(executed(job, self.out), self.began)
-            if done is not None:
-                self.done[job.name] = max(done, self.done.get(job.name, 0))
-                begun.append(f"{job.name} {self.done[job.name]}/{self.cells[job.name]}")
-        self.done |= {name: self.cells[name] for name in ended}
+            cells = count_done(executed(job, self.out), self.began)
+            if cells is not None:
+                begun.append(f"{job.name} {cells}/{self.cells[job.name]}")
+                since = time.time() - self.started.setdefault(job.name, time.time())
+                share = max(cells / self.cells[job.name], min(since / self.seconds[job.name], _NEARLY))
+                self.done[job.name] = max(share * self.seconds[job.name], self.done.get(job.name, 0.0))
+        self.done |= {name: self.seconds[name] for name in ended}
         others = f" and {len(begun) - 1} more" if len(begun) > 1 else ""
         self.bar.set_description("".join(begun[:1]) + others, refresh=False)
-        self.bar.update(sum(self.done.values()) - self.bar.n)
+        self.bar.update(round(sum(self.done.values())) - self.bar.n)
+
+
+def _recall_time(job: Job, out: Path) -> float | None:
+    """How long a job took when the records in its folder were made, None where there are none."""
+    full = read_parameters(job.notebook) | job.parameters
+    records = own_records(job.notebook, full, out / job.point)
+    return max((json.loads(path.read_text()).get("time_s", 0.0) for path in records), default=None)

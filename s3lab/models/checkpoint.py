@@ -60,7 +60,7 @@ def write_card(run: Run, shrunk: Shrunk | None = None) -> str:
         **{key.capitalize(): value for key, value in facts["provenance"].items()},
         **({"Shrunk": shrunk} if shrunk else {}),
     }
-    columns = [key for key in run.layers[0] if key not in ("layer", "time_s")]
+    columns = [key for key in run.layers[-1] if key not in ("layer", "time_s")]
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in run.matrices:
         kinds.setdefault(row["name"].rstrip("0123456789").rstrip("."), []).append(row)
@@ -75,7 +75,7 @@ def write_card(run: Run, shrunk: Shrunk | None = None) -> str:
         "Relative output error by kind of matrix, mean over the layers, on calibration and on held-out tokens:",
         _table(["matrix", "error", "held out", "weight error", "density"], errors),
         "The model after each decoder layer:",
-        _table(["layer", *columns], [[row["layer"], *(row[key] for key in columns)] for row in run.layers]),
+        _table(["layer", *columns], [[row["layer"], *(row.get(key) for key in columns)] for row in run.layers]),
     )
     return "\n\n".join(parts) + "\n"
 

@@ -121,7 +121,7 @@ def cut_source(source: str | Path) -> tuple[str, tuple[int, int] | None]:
     >>> cut_source("text.txt[:50%]"), cut_source("text.txt[50%:]"), cut_source("text.txt")
     (('text.txt', (0, 50)), ('text.txt', (50, 100)), ('text.txt', None))
     """
-    found = re.fullmatch(r"(.+)\[(?:([0-9]{1,2})%)?:(?:([0-9]{1,2})%)?\]", str(source))
+    found = re.fullmatch(r"(.+)\[(?:([0-9]{1,3})%)?:(?:([0-9]{1,3})%)?\]", str(source))
     if found is None:
         return str(source), None
     return found[1], (int(found[2] or 0), int(found[3] or 100))

@@ -94,6 +94,7 @@ def prune_model(
     device: torch.device | str | None = None,
     progress: bool | Callable[[Step], object] = True,
     measure: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
+    every: int = 1,
     provenance: Mapping[str, Any] | None = None,
     distributed: bool | Team = False,
 ) -> Run:
@@ -121,8 +122,8 @@ def prune_model(
     ``batch`` sequences at a time are on ``device`` (the model's own, if None), with one layer and its second moments;
     hidden states rest on the CPU, or with ``out`` on disk.  ``out`` names a run directory: the same call on the same
     dense model goes on after the last whole layer, and on a CPU ends with the same bits.  ``progress`` is a bar, or
-    a function of each Step; figures of ``measure(model)`` after each layer join that layer's row; ``provenance`` is
-    kept in the manifest.
+    a function of each Step; figures of ``measure(model)`` after every so many layers, and after the last, join that
+    layer's row; ``provenance`` is kept in the manifest.
 
     With ``distributed`` all processes of torch's default group make this call, on the same model: each sends its share
     of the sequences through it, second moments are summed over all, and `prune` shares out the rows.  All end with
@@ -202,7 +203,7 @@ def prune_model(
         if moments is not None:
             files = keep_moments(moments, source, lambda: Flow(model, decoder, chunks, place, team=team))
         with _report(team.rank == 0 and progress, recipe.total, done) as report:
-            records = _walk(model, decoder, chunks, recipe, place, rundir, team, measure, report, files)
+            records = _walk(model, decoder, chunks, recipe, place, rundir, team, measure, every, report, files)
     return Run(
         model,
         [row for record in records for row in record["matrices"]],
@@ -221,6 +222,7 @@ def _walk(
     rundir: RunDir | None,
     team: Team,
     measure: Callable[[PreTrainedModel], Mapping[str, float]] | None,
+    every: int,
     report: Callable[[Step], object],
     measured: Sequence[Path],
 ) -> list[dict[str, Any]]:
@@ -264,7 +266,8 @@ def _walk(
                 rows, apart = prune_layer(flow, index, recipe, tell)
         before = records[-1]["layer"]["time_s"] if records else 0.0
         layer = {"layer": index, **apart, "time_s": before + time.perf_counter() - began}
-        layer.update(measure(model) if measure else {})
+        if measure and ((index + 1) % every == 0 or index + 1 == count):
+            layer.update(measure(model))
         records.append({"matrices": rows, "layer": layer})
         if rundir:
             rundir.commit(_weights(decoder, index, rows), records[-1])

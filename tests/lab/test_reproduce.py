@@ -79,10 +79,26 @@ def test_a_failing_notebook_is_kept_and_does_not_stop_the_next(house, capsys):
     assert (house / "made" / "made.csv").read_text() == "7 None"
     failed = nbformat.read(house / "made" / "runs" / "00_break_early.ipynb", as_version=4)
     assert any(o.output_type == "error" for cell in failed.cells for o in cell.get("outputs", []))
-    assert "5/5" in progress.getvalue()
+    assert "100%" in progress.getvalue() and "00:00 left" in progress.getvalue()
     summary = reproduce.summarise([first, second], "made")
     assert "FAILED: ZeroDivisionError" in summary and "made (.csv .json)" in summary
     assert "1 of 2 notebooks ran" in summary and "files made in made/: 2" in summary
+
+
+def test_the_bar_weighs_a_notebook_by_the_time_its_record_tells(house, job):
+    out = house / "made"
+    unknown = schedule._Bar([job], out, io.StringIO())
+    assert unknown.bar.total == 5 * unknown.cells[job.name]
+    reproduce.reproduce(["01"], out=out, progress=io.StringIO())
+    record = out / "made.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"time_s": 1234.0}))
+    assert schedule._Bar([job], out, io.StringIO()).bar.total == 1234
+
+
+def test_another_profile_than_quick_has_a_folder_of_its_own(house, capsys):
+    (house / "notebooks" / "profiles" / "large.yaml").write_text("01_make_file: {size: 9}\n")
+    assert cli.main(["reproduce", "--profile", "large"]) == 0
+    assert (house / "figures" / "large" / "made.csv").read_text() == "9 None"
 
 
 def test_the_exit_status_says_whether_all_ran(house, capsys):
@@ -246,7 +262,7 @@ def executions(monkeypatch):
             write(folder / f"{name}.json", json.dumps(record).encode())
 
     monkeypatch.setattr(module, "_execute", execute)
-    monkeypatch.setattr(fresh, "_hash_source", lambda package: (package / "__init__.py").read_text())
+    monkeypatch.setattr(fresh, "hash_source", lambda package: (package / "__init__.py").read_text())
     return done
 
 
@@ -291,18 +307,18 @@ def test_any_input_or_file_that_changed_is_redone(house, job, executions, change
 
 def test_a_change_of_the_package_is_redone(house, job, executions, monkeypatch):
     module.run(job, house / "made")
-    monkeypatch.setattr(fresh, "_hash_source", lambda package: "another")
+    monkeypatch.setattr(fresh, "hash_source", lambda package: "another")
     assert not module.run(job, house / "made").skipped
 
 
 def test_the_hash_of_a_package_is_that_of_its_files(tmp_path):
     write(tmp_path / "a" / "b.py", b"1")
-    first = fresh._hash_source(tmp_path)
+    first = fresh.hash_source(tmp_path)
     write(tmp_path / "a" / "__pycache__" / "b.pyc", b"2")
     write(tmp_path / "a" / ".b.py.swp", b"3")
-    assert fresh._hash_source(tmp_path) == first
+    assert fresh.hash_source(tmp_path) == first
     (tmp_path / "a" / "b.py").rename(tmp_path / "a" / "c.py")
-    assert fresh._hash_source(tmp_path) != first
+    assert fresh.hash_source(tmp_path) != first
 
 
 def test_a_run_that_failed_after_its_figures_is_redone(house, job, executions, monkeypatch):

@@ -188,3 +188,15 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     path.write_bytes(b"\x89PNG\xff")
     with pytest.raises(DataError, match="not UTF-8 at byte 0"):
         corpus.text("test", path)
+
+
+def test_a_text_is_cut_by_share_between_documents_each_read_whole(tmp_path):
+    file = tmp_path / "text.txt"
+    parts = [f"{letter * 100}" for letter in "abcdefghij"]
+    file.write_text("\n\n".join(parts))
+    halves = [list(corpus.read("test", f"{file}[{cut}]")) for cut in (":50%", "50%:")]
+    assert halves == [parts[:5], parts[5:]]
+    assert list(corpus.read("calibration", f"{file}[20%:40%]")) == parts[2:4]
+    cuts = ("[:30%]", "[30%:99%]", "[99%:]")
+    joined = [text for cut in cuts for text in corpus.read("train", f"stdlib{cut}")]
+    assert joined == [document.text for document in corpus.documents()]

@@ -129,6 +129,7 @@ def _prune(options: argparse.Namespace) -> int:
             refine=options.refine,
             held_out=options.held_out,
             hessians=options.hessians,
+            moments=options.moments,
             batch=options.batch,
             seed=options.seed,
             device=device,

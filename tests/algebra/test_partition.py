@@ -120,6 +120,19 @@ def test_check_names_the_first_scope_at_fault():
         spec.check(cut)
 
 
+@pytest.mark.parametrize("square", [[0b1111, 0b1111, 0, 0], [0b0011] * 4, [0b1100, 0b1010, 0b0101, 0b0011]])
+def test_check_counts_rows_and_columns_of_what_is_kept_each_way(square):
+    """Eight of sixteen each time: right by columns alone, by rows alone, and by both."""
+    mask = torch.tensor([[bool(row >> j & 1) for j in range(4)] for row in square])
+    spec, both = s3.parse("2:4 each way"), torch.cat([torch.zeros(4, 4).bool(), mask], 1)
+    both[:, :4] = torch.eye(4).bool() | torch.eye(4).bool().roll(1, 1)
+    if (mask.sum(0) == 2).all() and (mask.sum(1) == 2).all():
+        spec.check(both)
+    else:
+        with pytest.raises(s3.SpecError, match=r"scope 1 \(from row 0, column 4\).*8, 2 in each row and column"):
+            spec.check(both)
+
+
 @pytest.mark.parametrize(
     ("text", "shape", "message"),
     [

@@ -71,7 +71,7 @@ def test_each_iteration_is_the_one_written_down_while_rho_grows(text, hold):
 
 @pytest.mark.parametrize(("text", "width"), [("2:4", 1), ("2:4@1x2", 2), ("1:2@1x8", 8), ("1:2@2x4", 4)])
 def test_the_first_rho_rises_with_the_width_of_blocks_and_falls_with_flat_directions(text, width):
-    """ρ·√width on inputs that do not repeat each other; less by the harmonic mean of the eigenvalues on those that do."""
+    """ρ·√width on inputs that do not repeat each other; less by the harmonic mean of eigenvalues on others."""
     W, H = small(0, 8, 64)
     first = s3.ADMM(rho=0.08, max_steps=1)
     diagonal = torch.diag(H.diagonal())

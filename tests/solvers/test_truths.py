@@ -93,7 +93,7 @@ def test_sobs_one_scope_at_a_time_is_the_textbooks(text, M, K, seed, panel, monk
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("text", "wide"), [("2:4", 4), ("1:4", 4), ("1:2@1x2", 4), ("1:2@4x2", 4)])
 def test_sobs_visits_the_costliest_scopes_first(text, wide, seed):
-    """Those of the columns with the largest mean of w²/C₀_jj over rows and columns; each scope has columns of its own."""
+    """Those with the largest mean of w²/C₀_jj over their columns and all rows."""
     W, H = small(4, 16, seed)
     cost = (W**2 / torch.linalg.inv(damped(H)).diagonal()).sum(0).view(-1, wide).mean(1)
     rank = (-cost).argsort().argsort().repeat_interleave(wide)
@@ -173,7 +173,7 @@ def test_no_solver_beats_the_brute_force_optimum(text, seed):
 
 
 def test_what_fits_its_weights_is_near_the_brute_force_optimum():
-    """Times its loss, in the geometric mean over problems: 1.1 for ADMM, 1.25 for S-OBS, 1.5 for SparseGPT and a fit."""
+    """Times its loss, in the geometric mean: 1.1 for ADMM, 1.25 for S-OBS, 1.5 for SparseGPT and a fit."""
     ratios = {"admm": [], "sobs": [], "sparsegpt": []}
     for text, seed in product(["2:4", "1:4", "1:2@2x2", "2:4@1x2", "50% columns"], SEEDS):
         W, H = small(2, 8, seed)

@@ -3,8 +3,8 @@
     python benchmarks/study_admm.py dual
     python benchmarks/study_admm.py rho
 
-The first writes results/admm_dual.csv, errors with V kept as ρ grows and with V/ρ kept; the second results/admm_rho.csv,
-errors over multiples of the first ρ.
+The first writes results/admm_dual.csv, errors with V kept as ρ grows and with V/ρ kept; the second
+results/admm_rho.csv, errors over multiples of the first ρ.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ test: install
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --nbval-lax $(ARGS)
 
 mutate: install
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutate.py $(FILES) $(ARGS)
+	@PYTHONPATH=. $(BIN)/python benchmarks/mutate.py $(FILES) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

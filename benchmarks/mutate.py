@@ -124,7 +124,9 @@ def try_mutants(file: str, commit: str, sample: int | None, seed: int) -> tuple[
         if sample is not None and sample < len(tried):
             tried = sorted(random.Random(seed).sample(tried, sample))
         if tried:
-            environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"TERM": "dumb"}
+            environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            # one thread: workers are forked, and would wait for ever for the other threads of the process they left
+            environment |= {"TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTEST_XDIST_WORKER_COUNT": f"{os.cpu_count()}"}
             command = [str(Path(sys.executable).with_name("mutmut")), "run", "--max-children", "1", *tried]
             done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
             if done.returncode:

@@ -3,6 +3,7 @@
 import csv
 import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,30 @@ def test_the_readme_says_how_far_seeds_are_apart(solver):
     seeds = plain(pattern="8:16", solver=solver, correction="none")
     assert len(seeds) == 5 and f"{seeds[0]:.2f} to {seeds[-1]:.2f}" in text
     assert f"{seeds[-1] - seeds[0]:.2f} with" in text
+
+
+def test_the_solver_card_of_admm_says_what_its_studies_found():
+    text = " ".join((ROOT / "docs" / "solvers.md").read_text().split())
+    dual = read("benchmarks/results/admm_dual.csv")
+    told = {"balanced": "in 56 of 60", "quick": "in 57 at quick", "thorough": "in 44 at thorough"}
+    unseen = []
+    for effort in ("balanced", "quick", "thorough"):
+        rows = [row for row in dual if row["effort"] == effort]
+        ratios = [float(row["unscaled"]) / float(row["rescaled"]) for row in rows]
+        unseen.append(sum(float(row["unscaled_test"]) < float(row["rescaled_test"]) for row in rows))
+        lower, mean = sum(ratio < 1 for ratio in ratios), prod(ratios) ** (1 / len(ratios))
+        assert len(rows) == 60 and f"in {lower} " in told[effort] and told[effort] in text
+        assert f"by {100 * (1 - mean):.2f} %" in text
+    assert f"lower in {unseen[0]}, {unseen[1]} and {unseen[2]} of 60" in text
+    steps = [int(row["rescaled_steps"]) for row in dual if row["effort"] == "balanced"]
+    assert f"; {min(steps)} to {max(steps)} and" in text
+
+    steepest = [row for row in read("benchmarks/results/admm_rho.csv") if row["decay"] == "1.5"]
+    for width, error in (("8", "4.9 %"), ("16", "5.3 %")):
+        above = []
+        for seed in "0123":
+            own = {
+                row["factor"]: float(row["error"]) for row in steepest if (row["width"], row["seed"]) == (width, seed)
+            }
+            above.append(100 * (own["1"] / min(own.values()) - 1))
+        assert f"{sum(above) / 4:.1f} %" == error and error in text

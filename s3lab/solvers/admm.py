@@ -45,8 +45,8 @@ class ADMM(Solver):
     max_steps
         iterations after which the support is taken as it is.
 
-    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 10 to 35
-    and 3 to 12 of them with "balanced".  Raises SolveError for options that cannot be.
+    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 6 to 36
+    and 2 to 12 of them with "balanced" on generated layers.  Raises SolveError for options that cannot be.
     Source: Boyd et al., *Distributed Optimization and Statistical Learning via ADMM*, 2011, section 9.1; with the fit
     at the end for pruning, Meng et al., *ALPS*, 2024.
 
@@ -136,7 +136,7 @@ class _Half:
         self.U = torch.zeros_like(self.D)
         self.goal = self.D @ self.H
         # where inputs nearly repeat each other, most directions of H are flat, and ρ must not hide what they say; wide
-        # blocks see less of them, and are torn between supports by a small ρ: both powers of the width are found ones
+        # blocks see less of them; both powers of the width save iterations, at a price that docs/solvers.md tells
         self._hold(rho * width**0.5 * min(1.0, _TYPICAL * width**0.25 * self._estimate_harmonic()))
 
     def _estimate_harmonic(self) -> float:

@@ -1,4 +1,4 @@
-# make lab | reproduce | test | lint | docs | clean       (make help says more)
+# make lab | reproduce | test | mutate | lint | docs | clean       (make help says more)
 PYTHON   ?= python3
 PROFILE  ?= quick
 JOBS     ?= $(if $(filter quick,$(PROFILE)),2,1)
@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install lab reproduce test lint docs clean
+.PHONY: help install lab reproduce test mutate lint docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "                 quick: all, two side by side, which weighs on what they time; one with JOBS=1"
 	@echo "                 another profile: into figures/PROFILE, one by one, what is up to date is left; a stopped one goes on"
 	@echo "make test        the whole test suite, notebooks included       ARGS='-k layout'"
+	@echo "make mutate      faults put into FILES='s3lab/…', one by one: do tests notice?  ARGS='--sample 60'"
 	@echo "make docs        the documentation, into site/, from pages, docstrings and notebooks"
 	@echo "make lint        ruff, pyright, and notebooks without outputs"
 	@echo "make clean       remove .venv, caches and executed notebooks; figures stay"
@@ -51,6 +52,9 @@ reproduce: install
 
 test: install
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --nbval-lax $(ARGS)
+
+mutate: install
+	@PYTHONPATH=. $(BIN)/python benchmarks/mutate.py $(FILES) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

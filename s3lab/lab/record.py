@@ -146,6 +146,12 @@ def commit() -> dict[str, Any]:
     return {"commit": head.stdout.strip(), "dirty": bool(changes.stdout.strip())}
 
 
+def is_fresh(table: Path) -> bool:
+    """Return whether a table has a record beside it that names the commit checked out, and so is none stored before."""
+    record, now = table.with_suffix(".json"), commit()["commit"]
+    return now is not None and record.exists() and json.loads(record.read_text())["commit"] == now
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result may depend on, as far as installed."""
     found = {"python": platform.python_version(), "s3lab": __version__}

@@ -45,8 +45,8 @@ class ADMM(Solver):
     max_steps
         iterations after which the support is taken as it is.
 
-    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 10 to 35
-    and 3 to 12 of them with "balanced".  Raises SolveError for options that cannot be.
+    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 6 to 36
+    and 2 to 12 of them with "balanced" on generated layers.  Raises SolveError for options that cannot be.
     Source: Boyd et al., *Distributed Optimization and Statistical Learning via ADMM*, 2011, section 9.1; with the fit
     at the end for pruning, Meng et al., *ALPS*, 2024.
 
@@ -98,15 +98,15 @@ class ADMM(Solver):
         rho, growth, hold = self._schedule
         halves = [_Half(problem, rho, width) for problem, width in zip(problems, widths, strict=True)]
         team = problems[0].team
-        allowed = _STILL * team.total(sum(half.S.numel() for half in halves))
-        masks, changes, still, step = [torch.ones_like(half.S, dtype=torch.bool) for half in halves], 0, 0, 0
+        allowed = _STILL * team.total(sum(half.D.numel() for half in halves))
+        masks, changes, still, step = [torch.ones_like(half.D, dtype=torch.bool) for half in halves], 0, 0, 0
         for step in range(1, self.max_steps + 1):
             if step > 1 and step % hold == 1 % hold:
                 for half in halves:
                     half.raise_rho(growth)
             before, masks = masks, project([half.advance() for half in halves])
             for half, mask in zip(halves, masks, strict=True):
-                half.prune(mask)
+                half.split(mask)
             changes = team.total(sum(int((a ^ b).count_nonzero()) for a, b in zip(before, masks, strict=True)))
             still = still + 1 if changes <= allowed else 0
             if still == _PATIENCE:
@@ -125,18 +125,18 @@ class ADMM(Solver):
 class _Half:
     """One problem's part of the loop, in units of unit diagonal: what is pulled towards H, and towards the pattern.
 
-    ``S`` is Ŵ + V/ρ.  On the support it is D, elsewhere V/ρ: all that the loop needs to know of either.
+    ``D`` is the copy on the pattern, ``U`` the scaled dual V/ρ, and ``sum`` what D is projected from, Ŵ + U.
     """
 
     def __init__(self, problem: Problem, rho: float, width: int) -> None:
         self.problem = problem
         self.unit = problem.hessian.diagonal().sqrt()
         self.H = problem.hessian / self.unit / self.unit[:, None]
-        self.S = problem.weight * self.unit
-        self.goal = self.S @ self.H
-        self.dual = torch.zeros_like(self.S)
+        self.D = problem.weight * self.unit
+        self.U = torch.zeros_like(self.D)
+        self.goal = self.D @ self.H
         # where inputs nearly repeat each other, most directions of H are flat, and ρ must not hide what they say; wide
-        # blocks see less of them, and are torn between supports by a small ρ: both powers of the width are found ones
+        # blocks see less of them; both powers of the width save iterations, at a price that docs/solvers.md tells
         self._hold(rho * width**0.5 * min(1.0, _TYPICAL * width**0.25 * self._estimate_harmonic()))
 
     def _estimate_harmonic(self) -> float:
@@ -152,20 +152,21 @@ class _Half:
         self.factor = torch.linalg.cholesky(shifted)
 
     def raise_rho(self, growth: float) -> None:
+        """Raise ρ and keep the dual V as it is, so that V/ρ shrinks."""
         self._hold(self.rho * growth)
-        shrunk = self.dual / growth
-        self.S, self.dual = self.S.sub_(self.dual).add_(shrunk), shrunk
+        self.U /= growth
 
     def advance(self) -> Tensor:
         """Solve for Ŵ and return the squares that the pattern is chosen by."""
-        pull = torch.add(self.S, self.dual, alpha=-2).mul_(self.rho).add_(self.goal)
+        pull = torch.sub(self.D, self.U).mul_(self.rho).add_(self.goal)
         half = solve_triangular(self.factor, pull.T, upper=False)  # cholesky_solve would copy the factor each time
-        self.S = solve_triangular(self.factor.mT, half, upper=True).T.add_(self.dual)
-        return self.S.square()
+        self.sum = solve_triangular(self.factor.mT, half, upper=True).T.add_(self.U)
+        return self.sum.square()
 
-    def prune(self, mask: Tensor) -> None:
-        """Put D on the support and let the dual learn what is left between them."""
-        self.dual = self.S * ~mask
+    def split(self, mask: Tensor) -> None:
+        """Let D be the sum on the support, and the scaled dual U + Ŵ − D, which is the sum off it."""
+        self.U = self.sum * ~mask
+        self.D = self.sum.mul_(mask)
 
     def fit(self, mask: Tensor) -> Fit:
-        return Refit()(self.problem, mask, start=self.S / self.unit)
+        return Refit()(self.problem, mask, start=self.D / self.unit)

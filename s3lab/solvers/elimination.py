@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +28,24 @@ class Room:
         return part[: prod(shape)].view(shape)
 
 
+class _Removal(NamedTuple):
+    """Columns that went out of the open ones at once, of each group, and what that adds to L, L⁻¹ and L⁻¹W."""
+
+    columns: Tensor  # (G, p), from the first open column
+    factor: Tensor  # (G, p, n): the next rows of X, whose columns of what is lost later belong to L
+    inverse: Tensor  # (G, p, p): the diagonal block of L⁻¹
+    weights: Tensor  # (G, p, R): the next rows of L⁻¹W
+
+
 class Elimination:
     """C = (H on what is left)⁻¹ and the weights that go with it, for G groups of R rows that lose columns as one.
 
-    With LLᵀ = C₀ on the columns R that a group has lost and X = L⁻¹C₀[R, :], C = C₀ − XᵀX and w = W − XᵀL⁻¹W[R].
-    Only L is kept; X is solved for on the few columns that are looked at, which `open` names, and on which C and w
-    are at hand.  C₀ (K, K) is shared, W is (G, K, R).
+    With LLᵀ = C₀ on the columns r that a group has lost and X = L⁻¹C₀[r, :], C = C₀ − XᵀX and w = W − XᵀL⁻¹W[r].
+    Only L⁻¹ is kept; X is solved for on the few columns that are looked at.  C₀ (K, K) is shared, W is (G, K, R).
+
+    Columns are looked at in turn: `open` names a run of them, on which ``C`` and ``w`` are then at hand; `remove`, as
+    often as one likes, takes some of them out of both; `close` keeps what was removed, for the runs to come.  `forget`
+    comes before all, for columns that are lost from the start, and `dual` after all, for the weights that are left.
 
     Cost: r²n operations to open n columns after r are lost, r²/2 numbers of memory, per group.
 
@@ -48,11 +61,11 @@ class Elimination:
 
     def __init__(self, W: Tensor, C0: Tensor, room: Room | None = None) -> None:
         self._W, self._C0, self._room = W, C0, room or Room(W)
-        self._lost = torch.zeros(len(W), 0, dtype=torch.long, device=W.device)
-        self._paid = W.new_zeros(len(W), 0, W.shape[2])  # L⁻¹W
+        self._lost = torch.zeros(len(W), 0, dtype=torch.long, device=W.device)  # (G, r)
+        self._lost_weights = W.new_zeros(len(W), 0, W.shape[2])  # L⁻¹W[r], (G, r, R)
         # for each block of p columns lost, (L_pp)⁻¹ (−L_pr, 1): the next rows of L⁻¹ from the r before and what is new
-        self._steps: list[Tensor] = []
-        self._fresh: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._inverse_rows: list[Tensor] = []
+        self._removals: list[_Removal] = []  # since `open`
 
     def open(self, start: int, stop: int) -> None:
         """Look at columns ``start`` to ``stop``: C is (G, n, n) there, or (1, n, n) while it is the same for all."""
@@ -64,15 +77,15 @@ class Elimination:
         self.C, self.w = panel[None, start:stop], self._W[:, start:stop]
         if r:
             self.C = torch.baddbmm(self.C, self._X.mT, self._X, alpha=-1, out=self._room.take("C", G, n, n))
-            self.w = torch.baddbmm(self.w, self._X.mT, self._paid, alpha=-1)
+            self.w = torch.baddbmm(self.w, self._X.mT, self._lost_weights, alpha=-1)
 
     def remove(self, columns: Tensor, last: bool = False) -> None:
         """Take open columns (G, p), padded with -1, out of C and w, which nobody looks at after the ``last``."""
         valid, columns = columns >= 0, columns.clamp(min=0)
         rows = _pick_rows(self.C, columns)
         inverse = _invert_factor(_pick_columns(rows, columns), valid)
-        factor, paid = inverse @ rows, inverse @ _pick_rows(self.w, columns)
-        self._fresh.append((columns, factor, inverse, paid))
+        factor, weights = inverse @ rows, inverse @ _pick_rows(self.w, columns)
+        self._removals.append(_Removal(columns, factor, inverse, weights))
         if last:
             return
         if self.C.shape[0] < columns.shape[0]:
@@ -80,22 +93,22 @@ class Elimination:
         self.C.baddbmm_(factor.mT, factor, alpha=-1)
         # what is left of C there is rounding, and must stay positive
         self.C.diagonal(dim1=1, dim2=2).scatter_add_(1, columns, valid.to(self.C))
-        self.w = torch.baddbmm(self.w, factor.mT, paid, alpha=-1)
+        self.w = torch.baddbmm(self.w, factor.mT, weights, alpha=-1)
 
     def close(self) -> None:
         """Keep what was removed since `open`: the next columns to be opened feel it."""
-        if not self._fresh:
+        if not self._removals:
             return
-        columns, factor, _, paid = (
-            torch.cat(parts, 1) for parts in zip(*((c, f, c, p) for c, f, _, p in self._fresh), strict=True)
-        )
-        L, inverse = _pick_columns(factor, columns).mT, self._fresh[0][2]
-        for step in self._fresh[1:]:  # the inverse of a factor grows by −(L_bb)⁻¹ L_b L⁻¹
-            corner, at = step[2], inverse.shape[1]
+        columns = torch.cat([removal.columns for removal in self._removals], 1)
+        L = _pick_columns(torch.cat([removal.factor for removal in self._removals], 1), columns).mT
+        inverse = self._removals[0].inverse
+        for removal in self._removals[1:]:  # the inverse of a factor grows by −(L_bb)⁻¹ L_b L⁻¹
+            corner, at = removal.inverse, inverse.shape[1]
             below = corner.neg() @ L[:, at : at + corner.shape[1], :at] @ inverse
             inverse = torch.cat([pad(inverse, (0, corner.shape[1])), torch.cat([below, corner], 2)], 1)
-        self._keep(columns + self._start, _pick_columns(self._X, columns), inverse, paid)
-        self._fresh = []
+        weights = torch.cat([removal.weights for removal in self._removals], 1)
+        self._keep(columns + self._start, _pick_columns(self._X, columns), inverse, weights)
+        self._removals = []
 
     def forget(self, gone: Tensor, width: int) -> None:
         """Take columns out that are lost from the start, bool (G, K), ``width`` at a time."""
@@ -104,31 +117,31 @@ class Elimination:
             X = self._solve(self._C0[self._lost[:, :, None], columns[:, None]])
             A = torch.baddbmm(self._C0[columns[:, :, None], columns[:, None]], X.mT, X, alpha=-1)
             inverse = _invert_factor(A, valid)
-            paid = inverse @ torch.baddbmm(_pick_rows(self._W, columns), X.mT, self._paid, alpha=-1)
-            self._keep(columns, X, inverse, paid)
+            weights = inverse @ torch.baddbmm(_pick_rows(self._W, columns), X.mT, self._lost_weights, alpha=-1)
+            self._keep(columns, X, inverse, weights)
 
     def dual(self) -> Tensor:
         """Return Z (G, K, R), zero but on what is lost, that gives all weights that are left as W − C₀Z."""
-        due = self._paid
-        for rows in reversed(self._steps):
-            r = rows.shape[2] - rows.shape[1]
+        Z = self._lost_weights  # becomes L⁻ᵀ of them, block of rows by block of rows
+        for rows in reversed(self._inverse_rows):
             stop = rows.shape[2]
-            new = rows.mT @ due[:, r:stop]
-            due = torch.cat([due[:, :r] + new[:, :r], new[:, r:], due[:, stop:]], 1)
-        return torch.zeros_like(self._W).scatter_add_(1, self._lost[..., None].expand_as(due), due)
+            r = stop - rows.shape[1]
+            new = rows.mT @ Z[:, r:stop]
+            Z = torch.cat([Z[:, :r] + new[:, :r], new[:, r:], Z[:, stop:]], 1)
+        return torch.zeros_like(self._W).scatter_add_(1, self._lost[..., None].expand_as(Z), Z)
 
-    def _keep(self, columns: Tensor, X: Tensor, inverse: Tensor, paid: Tensor) -> None:
+    def _keep(self, columns: Tensor, X: Tensor, inverse: Tensor, weights: Tensor) -> None:
         G, r, p = X.shape
-        rows = self._room.take(f"rows {len(self._steps)}", G, p, r + p)
+        rows = self._room.take(f"rows {len(self._inverse_rows)}", G, p, r + p)
         rows[:, :, :r] = torch.bmm(inverse.neg(), X.mT, out=self._room.take("new", G, p, r))
         rows[:, :, r:] = inverse
-        self._steps.append(rows)
+        self._inverse_rows.append(rows)
         self._lost = torch.cat([self._lost, columns], 1)
-        self._paid = torch.cat([self._paid, paid], 1)
+        self._lost_weights = torch.cat([self._lost_weights, weights], 1)
 
     def _solve(self, X: Tensor) -> Tensor:
         """L⁻¹X, in place, for X (G, r, n) on what is lost so far."""
-        for rows in self._steps:
+        for rows in self._inverse_rows:
             G, p, stop = rows.shape
             X[:, stop - p : stop] = torch.bmm(rows, X[:, :stop], out=self._room.take("new", G, p, X.shape[2]))
         return X

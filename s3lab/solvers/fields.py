@@ -121,12 +121,22 @@ def find_groups(stage: Stage) -> tuple[Tensor, Tensor]:
     blocks = blocks.view(M, K)
     if stage.pruned is not None:
         blocks.masked_fill_(stage.pruned, _TAKEN)
-    # rows of equal sums under arbitrary weights are equal, but for an accident that is looked for
+    return blocks, _number_rows(blocks)
+
+
+def _number_rows(blocks: Tensor) -> Tensor:
+    """Return a number for each row of blocks (M, K), the same for equal rows, by their first rows.
+
+    Rows are told apart by a hash, their sum under random weights, as `unique` over whole rows would take much longer.
+    Every row is then compared with the first one of its hash; should two ever differ, all rows are numbered apart,
+    which costs time and changes no result.
+    """
+    M, K = blocks.shape
     weights = torch.randint(1 << 62, (K,), generator=torch.Generator().manual_seed(0)).to(blocks.device)
-    same = (blocks * weights).sum(1).unique(return_inverse=True)[1]
+    hashes = (blocks * weights).sum(1).unique(return_inverse=True)[1]
     rows = torch.arange(M, device=blocks.device)
-    first = rows.new_full((M,), M).scatter_reduce_(0, same, rows, "amin")[same]
-    return blocks, first.unique(return_inverse=True)[1] if torch.equal(blocks, blocks[first]) else rows
+    first = rows.new_full((M,), M).scatter_reduce_(0, hashes, rows, "amin")[hashes]
+    return first.unique(return_inverse=True)[1] if torch.equal(blocks, blocks[first]) else rows
 
 
 def find_fields(blocks: Tensor, group: Tensor, order: Tensor, windows: list[Window]) -> list[Field]:

@@ -133,36 +133,34 @@ class _Walk:
     def _decide(self, t: int, pieces: list[_Piece], due: Tensor, last: bool) -> None:
         """Decide batch ``t`` and take what goes out of the open panels."""
         B, choices = self.stage.B, self.choices if pieces[0].field.batches[t].joint else None
-        blocks = [piece.field.blocks[:, slice(*piece.field.windows[t])] for piece in pieces]
-        joined = torch.cat([own.flatten() for own in blocks])
-        scopes, place = (joined // B).unique(return_inverse=True)  # columns without a block are in scope -1
-        place = place * B + joined % B
-        there = torch.zeros(len(scopes), B, dtype=torch.bool, device=joined.device)
-        there.view(-1)[place] = joined >= 0
+        scopes, there, places = _gather([piece.field.blocks[:, slice(*piece.field.windows[t])] for piece in pieces], B)
         due = torch.where(scopes < 0, 0, due[scopes])
-        places = [own.view_as(like) for own, like in zip(place.split([b.numel() for b in blocks]), blocks, strict=True)]
-
         at_once = choices is not None or self.options.scoring == "independent" or self.stage.lines is not None
         rounds = min(1 if at_once else self.options.rounds, int(due.max()))
         out = torch.zeros_like(there)
         for turn in range(rounds):
             if choices is not None:
-                cost = self.W.new_zeros(len(scopes) + 1, len(choices.slots))
-                for piece, own in zip(pieces, places, strict=True):
-                    piece.add_cost(t, own // B, cost)
-                out = choices.best(cost[:-1], there, due)
+                homes = [own // B for own in places]
+                out = choices.best(self._weigh(t, pieces, homes, (len(scopes), len(choices.slots))), there, due)
             else:
-                cost = self.W.new_zeros(there.numel() + 1, 1)
-                for piece, own in zip(pieces, places, strict=True):
-                    piece.add_cost(t, own, cost)
-                cost = cost[:-1].view_as(there)
-                if self.stage.lines is not None:
-                    out = there & ~self.stage.choose(cost, scopes)
-                else:
-                    quota = due * (turn + 1) // rounds - due * turn // rounds
-                    out = out | _take_least(cost.masked_fill(~there | out, torch.inf), quota)
+                cost = self._weigh(t, pieces, places, (there.numel(), 1)).view_as(there)
+                quota = due * (turn + 1) // rounds - due * turn // rounds
+                out = out | self._pick(cost, there & ~out, scopes, quota)
             for piece, own in zip(pieces, places, strict=True):
                 piece.take(t, out.view(-1)[own], last and turn + 1 == rounds)
+
+    def _weigh(self, t: int, pieces: list[_Piece], homes: list[Tensor], shape: tuple[int, int]) -> Tensor:
+        """What the sets of batch ``t`` cost, summed into a table of that shape whose rows ``homes`` name."""
+        cost = self.W.new_zeros(shape[0] + 1, shape[1])  # the last row is for what is not there
+        for piece, home in zip(pieces, homes, strict=True):
+            piece.add_cost(t, home, cost)
+        return cost[:-1]
+
+    def _pick(self, cost: Tensor, there: Tensor, scopes: Tensor, quota: Tensor) -> Tensor:
+        """Which blocks go next, bool (n, B), of those that are ``there``: the cheapest, or what lines do not keep."""
+        if self.stage.lines is not None:
+            return there & ~self.stage.choose(cost, scopes)
+        return _take_least(cost.masked_fill(~there, torch.inf), quota)
 
     def _visit(self) -> tuple[Tensor, list[tuple[int, int]]]:
         """The columns with a block in the order of their visits, and the batches that are decided together."""
@@ -182,27 +180,32 @@ class _Walk:
     def _cut_rows(self, fields: list[Field], group: Tensor, width: int) -> tuple[list[Tensor], Tensor]:
         """The chunks of row groups worked on together, bool over groups, and how many blocks each scope gives up in
         each, (chunks, S), or (1, S) where scopes lie in one chunk."""
-        stage, count = self.stage, int(group.max()) + 1
-        there = stage.offsets >= 0
+        stage, there = self.stage, self.stage.offsets >= 0
         members = _fill(group[stage.offsets // stage.shape[1]].view(stage.S, -1), there.view(stage.S, -1))
         limit = self._row_limit(fields, width)
-        labels = torch.arange(count, device=members.device)
-        if not torch.equal(members, members[:, :1].expand_as(members)):
-            labels = link(members, count)
-        whole = stage.lines is not None or int(labels.unique(return_counts=True)[1].max()) <= limit
-        if not whole:
+        together = _link_groups(members, int(group.max()) + 1)
+        whole = stage.lines is not None or int(together.unique(return_counts=True)[1].max()) <= limit
+        if not whole:  # only what shares a block stays together
             members = _fill(members.view(-1, stage.E), there.view(-1, stage.E))
-            labels = link(members, count)
-        order, windows = arrange(labels, limit)
+            together = link(members, len(together))
+        order, windows = arrange(together, limit)
         chunk_of = torch.empty_like(order)
         for number, (start, stop) in enumerate(windows):
             chunk_of[order[start:stop]] = number
         chunks = list(torch.arange(len(windows), device=order.device)[:, None] == chunk_of)
         if whole:
             return chunks, stage.goes[None]
+        return chunks, self._share_out(chunk_of[members[:, 0].view(stage.S, stage.B)], len(chunks))
+
+    def _share_out(self, chunk: Tensor, chunks: int) -> Tensor:
+        """How many blocks each scope gives up in each chunk, (chunks, S), by the ``chunk`` of each block, (S, B).
+
+        As many as would go there if the whole scope were decided at once by w²/C₀_jj.
+        """
+        stage = self.stage
         goes = ~stage.choose(stage.blocks(self.W**2 / self.C.diagonal()).sum(-1)) & stage.present
-        due = torch.zeros(len(chunks), stage.S, dtype=torch.long, device=order.device)
-        return chunks, due.scatter_add_(0, chunk_of[members.view(stage.S, stage.B, -1)[..., 0]].T, goes.long().T)
+        due = torch.zeros(chunks, stage.S, dtype=torch.long, device=chunk.device)
+        return due.scatter_add_(0, chunk.T, goes.long().T)
 
     def _row_limit(self, fields: list[Field], width: int) -> int:
         """How many row groups fit the memory that is meant for them."""
@@ -277,6 +280,28 @@ def _join(widths: list[int], most: int) -> list[tuple[int, int]]:
         filled = filled + width if fits else width
         panels[-1:] = [(panels[-1][0], t + 1)] if fits else [panels[-1], (t, t + 1)]
     return panels
+
+
+def _gather(blocks: list[Tensor], B: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Bring the blocks of columns, a tensor (G, k) for each piece, to a table with a row of B blocks for each scope.
+
+    Returns the scopes (n,), -1 for that of columns without a block, which blocks of them are there, bool (n, B), and
+    for each piece the places (G, k) of its columns in the flat table.
+    """
+    joined = torch.cat([own.flatten() for own in blocks])
+    scopes, row = (joined // B).unique(return_inverse=True)
+    place = row * B + joined % B
+    there = torch.zeros(len(scopes), B, dtype=torch.bool, device=joined.device)
+    there.view(-1)[place] = joined >= 0
+    places = place.split([own.numel() for own in blocks])
+    return scopes, there, [own.view_as(like) for own, like in zip(places, blocks, strict=True)]
+
+
+def _link_groups(members: Tensor, count: int) -> Tensor:
+    """A number for each of so many groups, the same for those that a row of ``members`` (S, n) names together."""
+    if torch.equal(members, members[:, :1].expand_as(members)):
+        return torch.arange(count, device=members.device)
+    return link(members, count)
 
 
 def _fill(values: Tensor, there: Tensor) -> Tensor:

@@ -162,51 +162,48 @@ class _Plan:
     """The order of the columns, their windows, and at which column which blocks are decided."""
 
     def __init__(self, stage: Stage, width: int) -> None:
-        M, K = stage.shape
-        self.stage, offsets = stage, stage.offsets
-        columns, there = offsets % K, offsets >= 0
-        present = there.any(-1)
-        if not there.all():  # what is not there stands with the first column of its block, or scope, and links nothing
-            columns = torch.where(there, columns, K)
-            least = columns.amin(2, keepdim=True)
-            least = torch.where(least < K, least, least.amin(1, keepdim=True).clamp(max=K - 1))
-            columns = torch.where(there, columns, least)
-
-        labels = link(_neighbours(columns.view(stage.S, -1), K), K)
-        narrow = int(labels.bincount().max()) <= width
-        if not narrow and stage.lines is not None:
-            raise SolveError(
-                f"{stage.text} has scopes of more than {width} columns, which SparseGPT decides in parts, and what is "
-                "kept each way has none: give a larger width"
-            )
-        if not narrow:
-            labels = link(_neighbours(columns.view(-1, stage.E), K), K)
-        self.order, self.windows = arrange(labels, width)
-
+        self.stage = stage
+        columns = _place_columns(stage)
+        group, whole = _group_columns(stage, columns, width)
+        self.order, self.windows = arrange(group, width)
         position = self.order.argsort()
-        on_board = torch.arange(M * K + 1, device=offsets.device)
-        on_board[:-1] = (position * M + torch.arange(M, device=offsets.device)[:, None]).view(-1)
-        places = on_board[offsets]  # of -1 it is the last
-        first = position[labels[columns[..., 0]]]  # (S, B): where the group of a block's columns begins
-        if narrow:
-            scopes = torch.arange(stage.S, device=offsets.device)
-            when, keep = first[:, 0], present.sum(1) - stage.goes
+        begin = position[group[columns[..., 0]]]  # (S, B): where the group of a block's columns begins
+        places = self._place_blocks(position)
+        if whole:
+            scopes = torch.arange(stage.S, device=places.device)
+            decisions = _Decision(places, stage.present, stage.present.sum(1) - stage.goes, scopes)
+            self._schedule(decisions, begin[:, 0])
         else:
-            starts = torch.tensor([start for start, _ in self.windows], device=offsets.device)
-            window = torch.searchsorted(starts, first, right=True) - 1
-            numbers = torch.arange(present.numel(), device=offsets.device).view(present.shape)
-            parts = tabulate(numbers[present], (numbers // stage.B * len(starts) + window)[present])
-            scopes, own = parts.keys // len(starts), parts.keys % len(starts)
-            blank = places.new_full((1, stage.E), M * K)
-            places, present = torch.cat([places.view(-1, stage.E), blank])[parts.items], parts.items >= 0
-            when, keep = starts[own], parts.counts - _share_budget(stage, window, len(starts))[scopes, own]
+            self._schedule(*self._cut_scopes(places, begin))
 
+    def _place_blocks(self, position: Tensor) -> Tensor:
+        """Return where the blocks are on the board, (S, B, E): in its last place what is not there."""
+        M, K = self.stage.shape
+        on_board = torch.arange(M * K + 1, device=position.device)
+        on_board[:-1] = (position * M + torch.arange(M, device=position.device)[:, None]).view(-1)
+        return on_board[self.stage.offsets]
+
+    def _cut_scopes(self, places: Tensor, begin: Tensor) -> tuple[_Decision, Tensor]:
+        """Return the shares of the scopes, one for each window with blocks of it, and the columns they are due at."""
+        stage = self.stage
+        starts = torch.tensor([start for start, _ in self.windows], device=places.device)
+        window = torch.searchsorted(starts, begin, right=True) - 1
+        numbers = torch.arange(begin.numel(), device=places.device).view(begin.shape)
+        parts = tabulate(numbers[stage.present], (numbers // stage.B * len(starts) + window)[stage.present])
+        scopes, own = parts.keys // len(starts), parts.keys % len(starts)
+        keep = parts.counts - _share_budget(stage, window, len(starts))[scopes, own]
+        nowhere = places.new_full((1, stage.E), stage.shape[0] * stage.shape[1])
+        blocks = torch.cat([places.view(-1, stage.E), nowhere])[parts.items]
+        return _Decision(blocks, parts.items >= 0, keep, scopes), starts[own]
+
+    def _schedule(self, decisions: _Decision, when: Tensor) -> None:
+        """Keep decisions by the columns (n,) that they are due at."""
         turn = when.argsort(stable=True)
         moments, counts = when[turn].unique_consecutive(return_counts=True)
-        pieces = (x.index_select(0, turn).split(counts.tolist()) for x in (places, present, keep, scopes))
+        pieces = (part.index_select(0, turn).split(counts.tolist()) for part in decisions)
         self.due = dict(zip(moments.tolist(), map(_Decision, *pieces), strict=True))
-        self.whole = bool(present.all())
-        self.keep = int(keep[0]) if bool((keep == keep[0]).all()) else None
+        self.whole = bool(decisions.there.all())
+        self.keep = int(decisions.keep[0]) if bool((decisions.keep == decisions.keep[0]).all()) else None
 
     def sweep(self, board: _Board, U: Tensor, start: int, stop: int) -> None:
         """Decide and sweep a window."""
@@ -223,6 +220,33 @@ class _Plan:
             kept = keep_highest(cost, due.keep if self.keep is None else self.keep)
         goes = (~kept).to(cost.dtype).unsqueeze(-1).expand_as(due.places)
         board.flat_gone.scatter_(0, due.places.reshape(-1), goes.reshape(-1))
+
+
+def _place_columns(stage: Stage) -> Tensor:
+    """Return the column of each element, (S, B, E): of what is not there the first of its block, or scope, which links
+    nothing."""
+    K, there = stage.shape[1], stage.offsets >= 0
+    columns = torch.where(there, stage.offsets % K, K)
+    of_block = columns.amin(2, keepdim=True)
+    of_scope = of_block.amin(1, keepdim=True).clamp(max=K - 1)
+    return torch.where(there, columns, torch.where(of_block < K, of_block, of_scope))
+
+
+def _group_columns(stage: Stage, columns: Tensor, width: int) -> tuple[Tensor, bool]:
+    """Return the group of each column (K,), and whether scopes link them, or blocks alone where that is too wide.
+
+    Raises SolveError where scopes are too wide and cannot be decided in parts.
+    """
+    K = stage.shape[1]
+    group = link(_neighbours(columns.view(stage.S, -1), K), K)
+    if int(group.bincount().max()) <= width:
+        return group, True
+    if stage.lines is not None:
+        raise SolveError(
+            f"{stage.text} has scopes of more than {width} columns, which SparseGPT decides in parts, and what is "
+            "kept each way has none: give a larger width"
+        )
+    return link(_neighbours(columns.view(-1, stage.E), K), K), False
 
 
 def _neighbours(members: Tensor, count: int) -> Tensor:

@@ -78,6 +78,14 @@ def test_a_chain_may_have_salient_weights():
     assert bound.density == 0.25 + 1 / 32
 
 
+def test_salient_parts_that_are_fixed_stay_whatever_the_rest_is_worth():
+    bound = s3.parse("2:4 plus 4:32 plus 1:16").bind((4, 64))
+    worth, other = SCORES[:4, :64], SCORES[4:8, :64]
+    mask = bound.fix(worth).project(other)
+    for text in ("4:32", "1:16"):
+        assert mask[s3.parse(text).bind((4, 64)).project(worth)].all()
+
+
 def test_figures_are_those_of_the_papers():
     assert s3.parse("8:16 plus 16:256").bind((4, 256)).storage_bits == pytest.approx(0.875 + 0.328, abs=1e-3)
     vnm = s3.parse("4:8@64x1 then 2:4").bind((64, 8))

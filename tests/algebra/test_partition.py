@@ -112,12 +112,25 @@ def test_check_names_the_first_scope_at_fault():
     spec.check(mask)
     wrong = mask.clone()
     wrong[1, 8:16] = True
-    with pytest.raises(s3.SpecError, match=r"scope 3 \(from row 1, column 8\): it keeps 4 of 4 blocks, not 2"):
+    with pytest.raises(s3.SpecError, match=r"scope 3 \(from row 1, column 8\): it keeps 4 of 4 blocks, not 2$"):
         spec.check(wrong)
     cut = mask.clone()
     cut[0, 0] = ~cut[0, 0]
     with pytest.raises(s3.SpecError, match=r"scope 0 .*cuts a block in two"):
         spec.check(cut)
+
+
+@pytest.mark.parametrize("square", [[0b1111, 0b1111, 0, 0], [0b0011] * 4, [0b1100, 0b1010, 0b0101, 0b0011]])
+def test_check_counts_rows_and_columns_of_what_is_kept_each_way(square):
+    """Eight of sixteen each time: right by columns alone, by rows alone, and by both."""
+    mask = torch.tensor([[bool(row >> j & 1) for j in range(4)] for row in square])
+    spec, both = s3.parse("2:4 each way"), torch.cat([torch.zeros(4, 4).bool(), mask], 1)
+    both[:, :4] = torch.eye(4).bool() | torch.eye(4).bool().roll(1, 1)
+    if (mask.sum(0) == 2).all() and (mask.sum(1) == 2).all():
+        spec.check(both)
+    else:
+        with pytest.raises(s3.SpecError, match=r"scope 1 \(from row 0, column 4\).*8, 2 in each row and column"):
+            spec.check(both)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +151,30 @@ def test_check_names_the_first_scope_at_fault():
 def test_specs_that_cannot_be(text, shape, message):
     with pytest.raises(s3.SpecError, match=message):
         s3.parse(text).bind(shape)
+
+
+def test_a_nested_view_reads_as_its_leaves_do():
+    nested, flat = (s3.parse(text).bind((4, 16)) for text in ("(M,(K/4,4)):(K,(4,1)) / (1,1) / (1,4) keep 2", "2:4"))
+    assert list(nested.layout.offsets()) == list(flat.layout.offsets())
+    with pytest.raises(s3.SpecError, match=r"the view's shape \(\) is no group"):
+        s3.View(("M", ("K", ())), ("K", (1, 1)))
+
+
+def test_a_budget_may_be_a_share_or_all_there_are():
+    half = s3.Spec(s3.View(), s3.Block((1, 1)), s3.Scope((1, 4), keep=0.5))
+    assert half.bind((2, 8)).keep == 2 and str(half.block) == "(1,1)"
+    assert s3.parse("4:4").bind((2, 8)).density == 1
+
+
+def test_what_is_kept_each_way_needs_a_square():
+    for shape in ((2, 4), (4, 2), (1, 4)):
+        with pytest.raises(s3.SpecError, match="needs a square"):
+            s3.Spec(s3.View(), s3.Block((1, 1)), s3.Scope(shape, keep=1, each_way=True)).bind((8, 8))
+
+
+def test_infinite_scores_of_both_signs_are_scores():
+    part = s3.parse("2:4").bind((1, 4))
+    assert part.project(torch.tensor([[torch.inf, 1.0, -torch.inf, 0.0]])).tolist() == [[True, True, False, False]]
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 8, 2), (0, 8), (4, -8), (4.0, 8)])

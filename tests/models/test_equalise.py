@@ -50,16 +50,25 @@ def test_each_input_goes_into_what_makes_it(make_tiny, ids, name):
     assert [row["into"] for row in rows] == 2 * INTO[name]
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "OPT"])
-def test_the_largest_input_and_weight_of_a_channel_meet(make_tiny, ids, name):
+@pytest.mark.parametrize(
+    ("name", "readers"),
+    [
+        ("Qwen3", "model.layers.0.mlp.down_proj"),
+        ("OPT", "model.decoder.layers.0.fc2"),
+        ("Qwen3", "model.layers.0.mlp.[gu]*_proj"),
+        ("Llama", "model.layers.0.self_attn.[qkv]_proj"),
+    ],
+)
+def test_the_largest_input_and_weight_of_a_channel_meet_over_all_that_read_it(make_tiny, ids, name, readers):
     model = spread(make_tiny(name))
-    equalise(model, ids)
-    first = "model.layers.0.mlp.down_proj" if name == "Qwen3" else "model.decoder.layers.0.fc2"
+    linears = list(find_linears(model, readers).values())
+    for linear, size in zip(linears, (1.0, 0.3, 3.0), strict=False):
+        linear.weight.data *= size  # so that none of them is the largest by chance alone
+    equalise(model, ids, readers)
     seen = []
-    linear = find_linears(model, first)[first]
-    linear.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2)))
+    linears[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2)))
     logits(model, ids)
-    X, W = torch.cat(seen).abs().amax(0), linear.weight.abs().amax(0)
+    X, W = torch.cat(seen).abs().amax(0), torch.cat([linear.weight for linear in linears]).abs().amax(0)
     alive = X > 0
     torch.testing.assert_close(X[alive], W[alive], rtol=1e-4, atol=0)
 

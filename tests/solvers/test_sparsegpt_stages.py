@@ -164,6 +164,26 @@ def test_wide_scopes_keep_their_sum_whatever_the_width(text):
         assert whole or int(found.mask.sum()) == round(spec.bind((8, 48)).density * 8 * 48)
 
 
+@pytest.mark.parametrize("K", [24, 20])  # windows of eight columns, the last one whole or of four
+@pytest.mark.parametrize(("text", "rows"), [("50%/row", 1), ("50%", 2), ("50%/row@1x2", 1)])
+def test_a_wide_scope_is_decided_window_by_window_each_with_its_share(text, rows, K):
+    """As if each window had scopes of its own that give up half of their blocks."""
+    problem, wide = small(2, K, seed=K), int(text[-1]) if "@" in text else 1
+    scopes = [
+        problem.weight.new_tensor([[i * K + j + e for e in range(wide)] for i in band for j in range(a, b, wide)])
+        for a, b in [(start, min(start + 8, K)) for start in range(0, K, 8)]
+        for band in torch.arange(2).split(rows)
+    ]
+    offsets = torch.full((len(scopes), max(map(len, scopes)), wide), -1)
+    for s, blocks in enumerate(scopes):
+        offsets[s, : len(blocks)] = blocks.long()
+    windows = Stage("windows", (2, K), offsets, torch.tensor([len(blocks) // 2 for blocks in scopes]))
+    mask, weight = sweep(problem, windows)
+    found = s3.SparseGPT(width=8)(problem, s3.parse(text))
+    assert torch.equal(found.mask, mask)
+    torch.testing.assert_close(found.weight, weight, rtol=1e-8, atol=1e-10)
+
+
 def test_what_is_kept_each_way_cannot_be_decided_in_parts():
     problem = small(8, 16)
     with pytest.raises(s3.SolveError, match="larger width"):

@@ -170,6 +170,20 @@ def test_the_work_is_done_in_float32_at_least(dtype):
     torch.testing.assert_close(found.double(), expected, rtol=max(2e-6, torch.finfo(dtype).eps), atol=1e-7)
 
 
+@pytest.mark.parametrize("step", [hard_threshold, soft_threshold])
+def test_a_coupling_of_mixed_dtypes_is_worked_on_in_float64(step):
+    text = "down: (M,1) & up: (1,K) keep 50%"
+    wide = draw_like(CASES[text], 0)
+    wide["up"] = wide["up"].float().double()
+    mixed, h = wide | {"up": wide["up"].float()}, metric_like(CASES[text], 1, 4)
+    level = kth_norm(wide, bind(text))[:, None]
+    assert torch.equal(block_norms(mixed, bind(text)), block_norms(wide, bind(text)))
+    options = {} if step is hard_threshold else {"h": h}
+    found, expected = (step(W, bind(text), level, **options) for W in (mixed, wide))
+    assert found["up"].dtype == torch.float32 and torch.equal(found["up"], expected["up"].float())
+    assert found["down"].dtype == torch.float64 and torch.equal(found["down"], expected["down"])
+
+
 @pytest.mark.parametrize("text", CASES)
 def test_in_place_on_parameters(text):
     bound = bind(text)

@@ -1,0 +1,193 @@
+"""Mutation testing: how many small faults, put into a file one at a time, the tests of that file notice.
+
+    make mutate FILES="s3lab/algebra/partition.py s3lab/solvers/admm.py" ARGS="--sample 60 --seed 0"
+
+The files and their tests are those of a commit, ``--at``, HEAD by default; what is not committed has no part in it.
+mutmut makes the faults and runs the tests that reach them.  It leaves decorated functions as they are, properties
+among them; faults in nothing but the wording of a text are left out.  Of the others all are tried, or ``--sample`` of
+them, drawn with ``--seed``.
+
+benchmarks/results/mutation_scores.csv has a row for each file and commit, mutation_survivors.csv what nobody noticed in
+the last run of a file, with the reasons that were written there by hand for the same change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import difflib
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from contextlib import chdir
+from pathlib import Path
+
+from mutmut.mutation.file_mutation import mutate_file_contents
+from mutmut.stats import status_by_exit_code
+from mutmut.utils.format_utils import get_mutant_name
+
+from s3lab.files import write
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TREE = ["s3lab", "tests", "conftest.py", "pyproject.toml", ":(exclude)s3lab/models/weights"]
+SURVIVOR = "file", "function", "before", "after", "reason"
+SCORES = ["solvers/test_truths.py::test_scores_alone_pick_the_masks_of_their_papers", "solvers/test_ria.py"]
+SOBS = [
+    "solvers/test_sobs_stages.py",
+    "solvers/test_truths.py::test_sobs_one_scope_at_a_time_is_the_textbooks",
+    "solvers/test_truths.py::test_sobs_is_the_optimum_of_its_own_mask",
+]
+REFUSALS = "solvers/test_bad_input.py"
+TESTS = {
+    "s3lab/algebra/partition.py": ["algebra/test_partition.py", "algebra/test_compose.py"],
+    "s3lab/algebra/compose.py": ["algebra/test_compose.py", "algebra/test_text.py", "solvers/test_salient.py"],
+    "s3lab/algebra/spec.py": ["algebra/test_partition.py", "algebra/test_text.py"],
+    "s3lab/tensors/proximal.py": ["tensors/test_proximal.py"],
+    "s3lab/solvers/__init__.py": ["solvers/test_damping.py", "solvers/test_coupled.py", REFUSALS],
+    "s3lab/solvers/admm.py": ["solvers/test_admm.py", REFUSALS],
+    "s3lab/solvers/base.py": ["solvers/test_coupled.py", "solvers/test_salient.py", REFUSALS],
+    "s3lab/solvers/damping.py": ["solvers/test_damping.py"],
+    "s3lab/solvers/elimination.py": SOBS,
+    "s3lab/solvers/fields.py": SOBS,
+    "s3lab/solvers/magnitude.py": SCORES,
+    "s3lab/solvers/obd.py": SCORES,
+    "s3lab/solvers/refine.py": ["solvers/test_refine.py", REFUSALS],
+    "s3lab/solvers/refit.py": ["solvers/test_truths.py::test_refit_is_least_squares", REFUSALS],
+    "s3lab/solvers/ria.py": SCORES,
+    "s3lab/solvers/sobs.py": [*SOBS, REFUSALS],
+    "s3lab/solvers/sparsegpt.py": [
+        "solvers/test_sparsegpt_stages.py",
+        "solvers/test_truths.py::test_sparsegpt_on_one_scope_is_the_plain_derivation",
+        REFUSALS,
+    ],
+    "s3lab/solvers/variance.py": ["solvers/test_variance.py", REFUSALS],
+    "s3lab/solvers/wanda.py": SCORES,
+    "s3lab/models/equalise.py": ["models/test_equalise.py"],
+}
+SETTINGS = """
+[tool.mutmut]
+source_paths = ["s3lab"]
+only_mutate = [{file!r}]
+pytest_add_cli_args_test_selection = {tests!r}
+also_copy = ["conftest.py"]
+process_isolation = "forkserver"
+use_git_change_detection = false
+timeout_multiplier = 4.0
+"""
+
+
+class _Wordless(ast.NodeTransformer):
+    """Takes the texts out of a function."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        return ast.Constant("") if isinstance(node.value, str) else node
+
+
+def list_mutants(tree: Path, file: str) -> dict[str, tuple[str, str]]:
+    """Return the faults that mutmut puts into a file, by its names for them: the lines before and after."""
+    with chdir(tree):
+        made = mutate_file_contents(file, Path(file).read_text())
+    functions = {node.name: node for node in ast.walk(ast.parse(made.code)) if isinstance(node, ast.FunctionDef)}
+    texts = {}
+    for name, function in functions.items():
+        function.name = name.rpartition("__mutmut_")[0].split("ǁ")[-1].removeprefix("x_")
+        texts[name] = ast.unparse(function)
+    found = {}
+    for name in made.mutant_names:
+        both = texts[f"{name.rpartition('_')[0]}_orig"], texts[name]
+        if len({ast.dump(_Wordless().visit(ast.parse(text))) for text in both}) > 1:
+            changed = [line for line in difflib.ndiff(*(text.splitlines() for text in both)) if line[0] in "-+"]
+            before, after = (" ".join(line[2:].strip() for line in changed if line[0] == sign) for sign in "-+")
+            found[get_mutant_name(Path(file), name)] = before, after
+    return found
+
+
+def try_mutants(file: str, commit: str, sample: int | None, seed: int) -> tuple[dict, list[dict]]:
+    """Return the score of a file's tests, and a row for each fault that they did not notice."""
+    with tempfile.TemporaryDirectory(prefix="s3lab-mutate-") as folder:
+        tree = Path(folder)
+        packed = subprocess.run(["git", "archive", commit, *TREE], cwd=ROOT, capture_output=True, check=True)
+        subprocess.run(["tar", "-x", "-C", folder], input=packed.stdout, check=True)
+        tests = [f"tests/{name}" for name in TESTS[file]]
+        with (tree / "pyproject.toml").open("a") as settings:
+            settings.write(SETTINGS.format(file=file, tests=tests))
+        mutants = list_mutants(tree, file)
+        tried = sorted(mutants)
+        if sample is not None and sample < len(tried):
+            tried = sorted(random.Random(seed).sample(tried, sample))
+        if tried:
+            environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            # one thread: workers are forked, and would wait for ever for the other threads of the process they left
+            environment |= {"TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTEST_XDIST_WORKER_COUNT": f"{os.cpu_count()}"}
+            command = [str(Path(sys.executable).with_name("mutmut")), "run", "--max-children", "1", *tried]
+            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"mutmut did not get through {file}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+            told = json.loads((tree / "mutants" / f"{file}.meta").read_text())["exit_code_by_key"]
+    lived = [name for name in tried if status_by_exit_code[told[name]] in ("survived", "no tests")]
+    unclear = [name for name in tried if status_by_exit_code[told[name]] in ("suspicious", "not checked")]
+    if unclear:
+        raise SystemExit(f"no verdict on {', '.join(unclear)}")
+    score = {
+        "file": file,
+        "commit": commit,
+        "mutants": len(mutants),
+        "tried": len(tried),
+        "seed": seed if len(tried) < len(mutants) else "",
+        "noticed": len(tried) - len(lived),
+        "score_percent": f"{100 * (1 - len(lived) / len(tried)):.1f}" if tried else "",
+        "tests": " ".join(tests),
+    }
+    function = {name: re.split("x_|ǁ", name.rpartition("__mutmut_")[0])[-1] for name in lived}
+    return score, [dict(zip(SURVIVOR, (file, function[name], *mutants[name], ""), strict=True)) for name in lived]
+
+
+def add_rows(name: str, rows: list[dict], fields: Iterable[str], **place: str) -> None:
+    """Put rows into a table in place of those that have the values of ``place``, files in alphabetical order."""
+    path = RESULTS / f"{name}.csv"
+    old = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    reasons = {tuple(row[k] for k in ("file", "before", "after")): row["reason"] for row in old if "reason" in row}
+    for row in rows:
+        if "reason" in row:
+            row["reason"] = reasons.get((row["file"], row["before"], row["after"]), "")
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(fields), lineterminator="\n")
+    table.writeheader()
+    table.writerows(
+        sorted(
+            [*(row for row in old if any(row[k] != v for k, v in place.items())), *rows], key=lambda row: row["file"]
+        )
+    )
+    write(path, text.getvalue().encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE", help="of those that have tests here")
+    parser.add_argument("--sample", type=int, help="faults of each file to try; all by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at", default="HEAD", help="the commit whose files and tests are taken")
+    options = parser.parse_args()
+    if unknown := [file for file in options.files if file not in TESTS]:
+        parser.error(f"no tests are named for {', '.join(unknown)}: add a line to TESTS in {__file__}")
+    shown = subprocess.run(
+        ["git", "rev-parse", "--short=7", options.at], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    commit = shown.stdout.strip()
+    for file in options.files:
+        score, lived = try_mutants(file, commit, options.sample, options.seed)
+        add_rows("mutation_scores", [score], score, file=file, commit=commit)
+        add_rows("mutation_survivors", lived, SURVIVOR, file=file)
+        print(f"{file}: {score['noticed']} of {score['tried']} noticed, of {score['mutants']} in all", flush=True)
+
+
+if __name__ == "__main__":
+    main()

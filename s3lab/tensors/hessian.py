@@ -11,6 +11,7 @@ from torch import Tensor
 from s3lab.errors import ShapeError
 from s3lab.shapes import Float
 from s3lab.tensors.team import Team
+from s3lab.tensors.units import find_exponent, shift
 
 _CHUNK = 16384  # tokens turned to float32 at a time, so that half-precision inputs are never copied whole
 
@@ -18,8 +19,8 @@ _CHUNK = 16384  # tokens turned to float32 at a time, so that half-precision inp
 class Moment:
     """Running second moment XᵀX / T of batches of inputs.
 
-    Products are taken in float32 (float64 for float64 inputs) and summed in float64, on the device of the first
-    batch.  Cost: 2·T·K² operations and one K×K matrix.  Raises ShapeError for what is no batch of
+    Products are taken in float32 (float64 for float64 inputs), in units of the largest input, and summed in float64, on
+    the device of the first batch.  Cost: 2·T·K² operations and one K×K matrix.  Raises ShapeError for what is no batch of
     inputs (…, K), and for no tokens.
 
     >>> moment = Moment()
@@ -50,7 +51,9 @@ class Moment:
             chunk = chunk if chunk.dtype == torch.float64 else chunk.float()
             if not chunk.isfinite().all():
                 raise ShapeError("the inputs X hold NaN or Inf: drop those tokens or compute them in float32")
-            self._sum += (chunk.T @ chunk).to(self._sum)
+            unit = find_exponent(chunk)
+            chunk = shift(chunk, -unit)
+            self._sum += shift((chunk.T @ chunk).to(self._sum), 2 * unit)
         self.tokens += len(X)
 
     def pool(self, team: Team, device: torch.device) -> None:
@@ -64,10 +67,16 @@ class Moment:
             self._sum = team.sum(own)
 
     def value(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "K K"]:
-        """Return XᵀX / T; ShapeError if no token has been added."""
+        """Return XᵀX / T; ShapeError if no token has been added, or the mean squares leave the range of the dtype."""
         if self._sum is None or self.tokens == 0:
             raise ShapeError("no tokens: a second moment needs at least one input vector")
-        return (self._sum / self.tokens).to(dtype)
+        H = (self._sum / self.tokens).to(dtype)
+        if not H.isfinite().all() or bool(((H.diagonal() == 0) != (self._sum.diagonal() == 0)).any()):
+            raise ShapeError(
+                f"the squares of the inputs leave the range of {dtype}: multiply all inputs by one power of two, which "
+                "changes no mask, or take value(torch.float64)"
+            )
+        return H
 
 
 def hessian(X: Float[Tensor, "... K"] | Iterable[Tensor]) -> Float[Tensor, "K K"]:
@@ -100,7 +109,8 @@ def output_error(W_hat: Float[Tensor, "M K"], W: Float[Tensor, "M K"], H: Float[
             f"Ŵ {tuple(W_hat.shape)}, W {tuple(W.shape)} and H {tuple(H.shape)} do not fit: expected (M, K), (M, K) "
             "and (K, K)"
         )
-    H = H.double()
-    W, change = W.detach().double(), (W_hat.detach().double() - W.detach().double())
+    W, W_hat, H = (x.detach().double() for x in (W, W_hat, H))
+    unit, H = -find_exponent(W), shift(H, -find_exponent(H))
+    W, change = shift(W, unit), shift(W_hat, unit) - shift(W, unit)
     lost = float(((change @ H) * change).sum().clamp(min=0))
     return sqrt(lost / float(((W @ H) * W).sum())) if lost else 0.0

@@ -7,20 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTS = ".*.part"  # the names of parts
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield the path of a part to write, beside ``path``, that takes its place when the block ends without an error.
 
-    The part is on the disk before it is renamed, so that a crash of the machine leaves the old file or the new one.
-    The folder is made if it is missing.
+    With ``sync`` the part is on the disk before it is renamed, so that a crash of the machine leaves the old file or
+    the new one.  The folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -30,3 +33,14 @@ def write(path: Path, data: bytes) -> None:
     """Write ``data`` to a file, whole or not at all; the folder is made if it is missing."""
     with replacing(path) as part:
         part.write_bytes(data)
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Have what safetensors says of a disk that it cannot write to raised as what it is, an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTS = ".*.part"  # the names of parts
+PARTS = ".*.s3lab.part"  # the names of parts
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     the new one.  The folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.s3lab.part")
     try:
         yield part
         if sync:

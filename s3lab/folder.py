@@ -27,8 +27,10 @@ _TOLD = 3
 def claim(path: str | Path | None, force: bool = False) -> Iterator[None]:
     """Have a folder, made if it is missing, for oneself while the block runs, and leave no trace if nothing is made.
 
-    What is left of files that a killed process had begun is removed.  None is no folder, and claims nothing.  Raises DataError where the folder is no place
-    for results (`check_folder`, which ``force`` leaves out), or another process holds it, naming that.
+    What is left of files that a killed process had begun is removed.  None is no folder, and claims nothing.
+
+    Raises DataError where the folder is no place for results (`check_folder`, which ``force`` leaves out), or another
+    process holds it, naming that.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as home, claim(f"{home}/new"):

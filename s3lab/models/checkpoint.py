@@ -34,7 +34,7 @@ def save_pruned(
     """
     out = Path(out)
     check_folder(out)
-    begun = out / ".model.part"
+    begun = out / ".model.s3lab.part"
     try:
         with telling(out):
             model.save_pretrained(begun)

@@ -45,8 +45,10 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
+        bare = local and not (place / "config.json").exists()
+        reason = "there is no config.json in it" if bare else " ".join(str(error).split())
         raise DataError(
-            f"no model can be loaded from {str(name)!r} ({str(error).strip().splitlines()[0]}): without a network, "
+            f"no model can be loaded from {str(name)!r} ({reason}): without a network, "
             "give the folder of a saved model, or 'reference' for the one that ships with s3lab"
         ) from error
     if missing := sorted(loaded["missing_keys"]):

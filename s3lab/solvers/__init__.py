@@ -161,7 +161,8 @@ def _read_layers(W: object, H: object, H_test: object) -> Callable[[float], dict
     """
     weights, moments, tests = (dict(x if isinstance(x, Mapping) else {ALONE: x}) for x in (W, H, H_test))
     if unknown := [name for name, x in {**moments, **tests}.items() if x is not None and name not in weights]:
-        raise SolveError(f"second moments of {', '.join(str(name) or 'no name' for name in unknown)}, of which there is no weight: give both")
+        told = ", ".join(str(name) or "no name" for name in unknown)
+        raise SolveError(f"second moments of {told}, of which there is no weight: give both")
     if not weights:
         raise SolveError("no weights: give a tensor (M, K), or several by name under a coupling")
 

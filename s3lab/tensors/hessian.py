@@ -20,8 +20,8 @@ class Moment:
     """Running second moment XᵀX / T of batches of inputs.
 
     Products are taken in float32 (float64 for float64 inputs), in units of the largest input, and summed in float64, on
-    the device of the first batch.  Cost: 2·T·K² operations and one K×K matrix.  Raises ShapeError for what is no batch of
-    inputs (…, K), and for no tokens.
+    the device of the first batch.  Cost: 2·T·K² operations and one K×K matrix.  Raises ShapeError for what is no batch
+    of inputs (…, K), and for no tokens.
 
     >>> moment = Moment()
     >>> for batch in torch.eye(2), torch.ones(2, 2):

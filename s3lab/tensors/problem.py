@@ -27,8 +27,11 @@ _LARGEST_DAMP = 10.0
 class Units(NamedTuple):
     """The exponents of the powers of two that a weight and its second moment are measured in."""
 
-    W: int = 0
-    H: int = 0
+    W: int
+    H: int
+
+
+PLAIN = Units(0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class Problem:
     H_test: Float[Tensor, "K K"] | None = None
     damp: float = 1e-2
     team: Team = SOLO
-    units: Units = Units()
+    units: Units = PLAIN
 
     def __post_init__(self) -> None:
         _check_tensor("W", self.W)

@@ -78,7 +78,7 @@ def couplings(draw):
         members = [
             Member(f"a{number}", s3.Block(tile)),
             Member(
-                draw(st.sampled_from(["b.", '*', "mlp up."])) + str(number),
+                draw(st.sampled_from(["b.", "*", "mlp up."])) + str(number),
                 s3.Block(tile),
                 order=(1, 0) if turned else (),
                 follows=draw(st.booleans()),

@@ -160,7 +160,8 @@ def _read_layers(W: object, H: object, H_test: object) -> Callable[[float], dict
     Raises SolveError for a second moment without a weight, and for no weight at all.
     """
     weights, moments, tests = (dict(x if isinstance(x, Mapping) else {ALONE: x}) for x in (W, H, H_test))
-    if unknown := [name for name, x in {**moments, **tests}.items() if x is not None and name not in weights]:
+    given = [(name, H) for some in (moments, tests) for name, H in some.items() if H is not None]
+    if unknown := [name for name, _ in given if name not in weights]:
         told = ", ".join(str(name) or "no name" for name in unknown)
         raise SolveError(f"second moments of {told}, of which there is no weight: give both")
     if not weights:

@@ -31,7 +31,7 @@ class Count:
 
     def meet(self, what, path, last=lambda: None):
         """Count an operation on a path; where it is the one to die before, do ``last`` first."""
-        if isinstance(path, int) or not os.path.abspath(os.fsdecode(path)).startswith(self.root):
+        if isinstance(path, int) or not f"{os.path.abspath(os.fsdecode(path))}/".startswith(f"{self.root}/"):
             return
         fd = os.open(self.tally, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(fd, f"{what}\n".encode())

@@ -176,7 +176,7 @@ def _add_reproduce(reproduce: argparse.ArgumentParser) -> None:
     reproduce.add_argument("--force", action="store_true", help="run what is up to date, too")
     where = reproduce.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=count, default=1, metavar="N", help="notebooks at a time (default: 1)")
-    where.add_argument("--dask", metavar="ADDRESS", help="of a Dask scheduler whose workers are to run them")
+    where.add_argument("--dask", type=path, metavar="ADDRESS", help="of a Dask scheduler whose workers are to run them")
 
 
 def _add_prune(prune: argparse.ArgumentParser) -> None:

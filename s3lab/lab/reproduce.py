@@ -111,8 +111,8 @@ def read_profile(profile: str, notebooks: Path) -> dict[str, list[dict[str, Any]
         named = ", ".join(sorted(p.stem for p in (notebooks / "profiles").glob("*.yaml")))
         raise DataError(f"no profile {profile}: {path} is not there; name one of {named}, or a YAML file")
     try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"profile {path} is not YAML: {error}") from None
     given: Iterable[tuple[Any, Any]] = settings.items() if isinstance(settings, dict) else [("", 0)]
     sets: dict[str, list[Any]] = {str(name): values if isinstance(values, list) else [values] for name, values in given}

@@ -1,4 +1,4 @@
-"""A run that is killed, or cannot write, at any operation on a file goes on to the same bits, and leaves no torn file."""
+"""A run that is killed, or cannot write, at any operation on a file goes on to the same bits and leaves nothing torn."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def read_all(out):
     assert not [path for path in out.rglob("*.part")]
     record = json.loads((out / "made.json").read_text())
     nbformat.read(out / "runs" / "01_make_table.ipynb", as_version=4)
-    return (out / "made.csv").read_bytes(), record["sha256"], record["run"], record["parameters"]
+    return (out / "made.csv").read_bytes(), record["sha256"], record["run"]["made"], record["parameters"]
 
 
 def check_reproduce(house, step):

@@ -154,7 +154,7 @@ def prune(
     return found if isinstance(W, Mapping) else found[ALONE]
 
 
-def _read_layers(W: object, H: object, H_test: object) -> Callable[[float], dict[str, Problem]]:
+def _read_layers(W: Any, H: Any, H_test: Any) -> Callable[[float], dict[str, Problem]]:
     """Return what makes checked problems by name, at a damping, of the tensors that `prune` is given.
 
     Raises SolveError for a second moment without a weight, and for no weight at all.

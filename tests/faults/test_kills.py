@@ -1,4 +1,4 @@
-"""A run that is killed, or cannot write, at any operation on a file goes on to the same bits and leaves nothing torn."""
+"""A run that is killed, or cannot write, at any operation on a file goes on to the same bits, and leaves no trace."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def check_reproduce(house, step):
         killed = reproduce(house, out, at)
         assert killed.returncode in (-signal.SIGKILL, 1), (at, operations[at], killed.stderr)
         again = reproduce(house, out, -1)
-        assert again.returncode == 0, (at, operations[at], again.stderr)
+        assert again.returncode == 0, (at, operations[at], again.stdout, again.stderr)
         assert read_all(out) == read_all(house / "whole"), (at, operations[at])
     return len(operations)
 

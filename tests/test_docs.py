@@ -78,7 +78,9 @@ def test_every_promise_has_its_test():
     assert len(promised) > 10
     for row in promised:
         named = re.findall(r"`([\w/]*test_\w+\.py)`", row)
-        assert named and all((ROOT / name).exists() or (ROOT / "tests" / "faults" / name).exists() for name in named), row
+        assert named and all((ROOT / name).exists() or (ROOT / "tests" / "faults" / name).exists() for name in named), (
+            row
+        )
 
 
 def test_every_figure_is_told_how_to_read():

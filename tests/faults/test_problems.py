@@ -92,7 +92,7 @@ def test_a_solution_is_whole_and_scales_with_its_problem(solver, case):
 
 @pytest.mark.slow
 @given(st.sampled_from(list(s3.SOLVERS)), cases(list(PATTERNS)))
-@settings(max_examples=2000)
+@settings(max_examples=600)
 def test_so_it_is_at_length(solver, case):
     check(solver, case)
 

@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTS = ".*.s3lab.part"  # the names of parts
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield the path of a part to write, beside ``path``, that takes its place when the block ends without an error.
 
-    The part is on the disk before it is renamed, so that a crash of the machine leaves the old file or the new one.
-    The folder is made if it is missing.
+    With ``sync`` the part is on the disk before it is renamed, so that a crash of the machine leaves the old file or
+    the new one.  The folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.s3lab.part")
     try:
         yield part
-        settle(part)
+        if sync:
+            settle(part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -38,3 +41,14 @@ def settle(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Have what safetensors says of a disk that it cannot write to raised as what it is, an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from error

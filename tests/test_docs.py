@@ -71,6 +71,18 @@ def test_every_solver_has_a_card():
     assert {f"## {name}\n" for name in s3lab.SOLVERS} <= set(re.findall(r"## \w+\n", page))
 
 
+def test_every_promise_has_its_test():
+    page = (ROOT / "docs" / "promises.md").read_text()
+    rows = re.findall(r"^\| (?!---)[^|]+ \|.*$", page, re.MULTILINE)
+    promised = [row for row in rows if not re.search(r"\| test \|$", row)]
+    assert len(promised) > 10
+    for row in promised:
+        named = re.findall(r"`([\w/]*test_\w+\.py)`", row)
+        assert named and all((ROOT / name).exists() or (ROOT / "tests" / "faults" / name).exists() for name in named), (
+            row
+        )
+
+
 def test_every_figure_is_told_how_to_read():
     page = (ROOT / "docs" / "how-to" / "read-the-figures.md").read_text()
     assert {path.stem for path in (ROOT / "figures").glob("*.png")} <= set(re.findall(r"`(\w+)`", page))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "s3lab"
-GROUND = {"errors", "files", "markup", "shapes"}
+GROUND = {"errors", "files", "folder", "markup", "shapes"}
 FLOORS = ("algebra", "tensors", "solvers", "models", "lab")
 FILES = sorted(PACKAGE.rglob("*.py"))
 SHARED_BY_SOLVERS = {"base", "refit", "elimination", "fields", "kernels"}

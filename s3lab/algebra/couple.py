@@ -12,8 +12,8 @@ from s3lab.algebra.coupled import CoupledPartition, Shape
 from s3lab.algebra.layout import Layout
 from s3lab.algebra.partition import Partition
 from s3lab.algebra.sizes import ONE, Keep, Size, Sizes, write_keep, write_sizes
-from s3lab.algebra.spec import MATRIX, Block, Pattern, Scope, View, bind_sizes, cut, read_sizes
-from s3lab.errors import ShapeError, SpecError
+from s3lab.algebra.spec import MATRIX, Block, Pattern, Scope, View, bind_sizes, check_shape, cut, read_sizes
+from s3lab.errors import SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,14 +186,11 @@ class Coupled(Pattern):
             raise SpecError(f"{self} couples tensors: bind it to their shapes by name, not to {shape}")
         if wrong := set(shape) ^ set(self.names):
             raise SpecError(
-                f"{', '.join(sorted(wrong))} is on one side only: coupled are "
+                f"{', '.join(sorted(map(str, wrong)))} is on one side only: coupled are "
                 f"{'; '.join(m.told_grid for g in self.groups for m in g.members)}; given are the tensors "
-                f"{', '.join(f'{name} {tuple(extents)}' for name, extents in shape.items())}"
+                f"{', '.join(f'{name} {extents}' for name, extents in shape.items())}"
             )
-        for name, extents in shape.items():
-            if len(extents) != 2 or any(not isinstance(n, int) or n < 1 for n in extents):
-                raise ShapeError(f"{name}: a weight (M, K) has two positive extents, not {tuple(extents)}")
-        return _bind_coupled(self, tuple((name, (shape[name][0], shape[name][1])) for name in self.names))
+        return _bind_coupled(self, tuple((name, check_shape(shape[name], name)) for name in self.names))
 
     def check(self, mask: Mapping[str, Tensor]) -> None:
         """Raise SpecError, naming the first scope at fault, unless the masks by name keep what this asks for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from s3lab.algebra.sizes import DEEPEST, DIGITS
 from s3lab.errors import SpecError
 
 Ints = int | tuple["Ints", ...]
@@ -39,19 +40,21 @@ def write(ints: Ints) -> str:
     return str(ints) if isinstance(ints, int) else f"({','.join(map(write, ints))})"
 
 
-def read(text: str, at: int = 0) -> tuple[Ints, int]:
-    """Read nested integers from column ``at`` on; return them and the column of what follows.
+def read(text: str, at: int = 0, depth: int = 0) -> tuple[Ints, int]:
+    """Read nested integers from column ``at`` on, ``depth`` deep; return them and the column of what follows.
 
-    Raises SpecError with a caret under the first column that cannot be read.
+    Raises SpecError with a caret under the first column that cannot be read, or begins what is too deep or too long.
 
     >>> read("(4, (2,3)) : 1")
     ((4, (2, 3)), 11)
     """
     at = _skip_blanks(text, at)
     if text[at : at + 1] == "(":
+        if depth == DEEPEST:
+            raise refuse(text, at, f"integers at most {DEEPEST} deep")
         entries: list[Ints] = []
         while not entries or text[at : at + 1] == ",":
-            entry, at = read(text, at + 1)
+            entry, at = read(text, at + 1, depth + 1)
             entries.append(entry)
         if text[at : at + 1] != ")":
             raise refuse(text, at, "',' or ')'")
@@ -59,8 +62,8 @@ def read(text: str, at: int = 0) -> tuple[Ints, int]:
     end = at
     while text[end : end + 1].isdecimal() and text[end].isascii():
         end += 1
-    if end == at:
-        raise refuse(text, at, "an integer or '('")
+    if end == at or end > at + DIGITS:
+        raise refuse(text, at, f"an integer of at most {DIGITS} digits, or '('")
     return int(text[at:end]), _skip_blanks(text, end)
 
 

@@ -60,6 +60,9 @@ class Size:
         return "/".join(["*".join(above), *below])
 
 
+# What a text may ask for at most: far beyond any layer, and little enough to be read and bound at once.
+LONGEST, DIGITS, DEEPEST, PARTS = 20_000, 100, 16, 32
+
 T = TypeVar("T")
 Sizes = tuple["Size | Sizes", ...]
 Keep = int | Fraction
@@ -82,18 +85,26 @@ def write_keep(keep: Keep) -> str:
     return f"{decimal}%" if Fraction(decimal) == percent else f"{percent}%"
 
 
+_DECIMALS = frozenset("0123456789")
+
+
 class Token(NamedTuple):
     text: str
     column: int
 
 
 class Reader:
-    """Recursive descent over the tokens of one text, remembering the column of each."""
+    """Recursive descent over the tokens of one text, remembering the column of each.
+
+    Raises SpecError for a text, a number or a nesting beyond `LONGEST`, `DIGITS` and `DEEPEST`.
+    """
 
     def __init__(self, text: str) -> None:
+        if len(text) > LONGEST:
+            raise SpecError(f"a spec of {len(text)} characters is too long: give at most {LONGEST}")
         self.text = text
         self.tokens = list(split(text))
-        self.at = 0
+        self.at = self.depth = 0
 
     def whole(self, rule: Callable[[], T]) -> T:
         result = rule()
@@ -127,19 +138,24 @@ class Reader:
         )
 
     def sizes(self) -> Sizes:
+        if self.depth == DEEPEST:
+            raise self.error(f"groups of sizes at most {DEEPEST} deep")
+        self.depth += 1
         self.expect("(")
         entries: list[Size | Sizes] = [self.entry()]
         while self.expect(",", ")") == ",":
             entries.append(self.entry())
+        self.depth -= 1
         return tuple(entries)
 
     def entry(self) -> Size | Sizes:
         return self.sizes() if self.peek() == "(" else self.size()
 
     def size(self) -> Size:
-        size = self.term()
+        start, size = self.at, self.term()
         while sign := self.accept("*", "/"):
             size = size * self.term() if sign == "*" else size / self.term()
+        self.bounded(size.coefficient, start)
         return size
 
     def term(self) -> Size:
@@ -148,26 +164,35 @@ class Reader:
         return self.integer("an integer, 'M' (rows) or 'K' (inputs)")
 
     def integer(self, what: str) -> Size:
-        if not self.peek().isdigit():
+        start = self.at
+        if not _DECIMALS.issuperset(self.peek() or "-"):
             raise self.error(what)
-        if int(self.peek()) == 0:
-            raise self.error(f"{what}, at least 1")
-        return Size(Fraction(int(self.number(what))))
+        if (value := self.number(what)) == 0:
+            raise self.error(f"{what}, at least 1", at=start)
+        return Size(value)
 
     def number(self, what: str) -> Fraction:
-        if not self.peek()[:1].isdigit():
+        if self.peek()[:1] not in _DECIMALS:
             raise self.error(what)
+        if len(self.peek()) > DIGITS:
+            raise self.error(f"{what}, of at most {DIGITS} digits")
         self.at += 1
         return Fraction(self.tokens[self.at - 1].text)
 
+    def bounded(self, value: Fraction, start: int) -> Fraction:
+        """Return a value that was read from token `start` on, if it can be written and read back."""
+        if max(value.numerator, value.denominator) >= 10**DIGITS:
+            raise self.error(f"numbers that make one of at most {DIGITS} digits", at=start)
+        return value
+
 
 def split(text: str) -> Iterator[Token]:
-    """Yield the tokens of a text: numbers, words of letters, and single signs."""
+    """Yield the tokens of a text: numbers in ASCII digits, words of letters, and single signs."""
     column, tile = 0, False
     while column < len(text):
         end = column + 1
-        if text[column].isdecimal() and text[column].isascii():
-            while end < len(text) and (text[end].isdecimal() or (text[end] == "." and "." not in text[column:end])):
+        if text[column] in _DECIMALS:
+            while text[end : end + 1] in _DECIMALS or (text[end : end + 1] == "." and "." not in text[column:end]):
                 end += 1
         elif text[column] == '"' and '"' in text[end:]:
             end = text.index('"', end) + 1
@@ -177,7 +202,7 @@ def split(text: str) -> Iterator[Token]:
         token = text[column:end]
         if not token.isspace():
             yield Token(token, column)
-        tile = token[0].isdecimal() and text[end : end + 1] == "x"
+        tile = token[0] in _DECIMALS and text[end : end + 1] == "x"
         column = end
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from math import gcd
 from typing import Any
 
 from s3lab.algebra import fit, text
@@ -19,12 +20,21 @@ from s3lab.algebra.sizes import IDENTITY, ONE, Keep, Size, Sizes, write_keep, wr
 from s3lab.algebra.text import Parts
 from s3lab.errors import ShapeError, SpecError
 
+_NEAR = 1000
+
 
 def read_sizes(values: object, what: str) -> Sizes:
     """Return a group of sizes from tuples of integers and text; SpecError, saying what it is of, if it is none."""
     if not isinstance(values, tuple | list) or not values:
         raise SpecError(f"{what} {values!r} is no group of sizes: give a tuple such as (1, 'K/16')")
     return tuple(read_sizes(v, what) if isinstance(v, tuple | list) else Size.of(v) for v in values)
+
+
+def check_shape(shape: object, whose: str = "a weight") -> tuple[int, int]:
+    """Return a shape as (M, K); ShapeError, saying whose it is, unless it is two positive integers."""
+    if isinstance(shape, Sequence) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape):
+        return shape[0], shape[1]
+    raise ShapeError(f"{whose} has a shape (M, K) of two positive extents, not {shape!r}")
 
 
 def bind_sizes(sizes: Sizes, M: int, K: int) -> tuple:
@@ -225,9 +235,7 @@ class Spec(Pattern):
         Raises ShapeError unless the shape is two positive integers, SpecError where the view does not cover the
         weight or a mode is not divided exactly.
         """
-        if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape):
-            raise ShapeError(f"a spec binds to a weight (M, K) of two positive extents, not to {tuple(shape)}")
-        return _bind_spec(self, (shape[0], shape[1]))
+        return _bind_spec(self, check_shape(shape))
 
     def __str__(self) -> str:
         scope = self.scope
@@ -257,11 +265,17 @@ def cut(layout: Layout, extents: tuple[int, ...], what: str, whose: str) -> tupl
     units = "elements" if what == "block" else "blocks"
     for mode, extent in enumerate(extents):
         size = layout[mode].size
-        if extent > size or size % extent:
-            divisors = [n for n in range(1, size + 1) if size % n == 0]
+        if not 1 <= extent <= size or size % extent:
             raise SpecError(
                 f"the {what} of {whose} takes {extent} of the {size} {units} along mode {mode} of the view and leaves "
-                f"a remainder: use a divisor of {size}, such as {max(n for n in divisors if n <= extent)}"
+                f"a remainder: use a divisor of {size}, such as {_find_divisor(size, extent)}"
             )
     divided = layout.zipped_divide(extents)
     return divided[0], divided[1]
+
+
+def _find_divisor(size: int, extent: int) -> int:
+    """The largest divisor of a size up to an extent, as far as it is near enough to be found at once."""
+    most = min(max(extent, 1), size)
+    near = range(most, max(0, most - _NEAR), -1)
+    return next((n for n in near if size % n == 0), gcd(size, most))

@@ -33,6 +33,7 @@ from s3lab.algebra.sizes import (
     IDENTITY,
     INPUTS,
     ONE,
+    PARTS,
     ROWS,
     Keep,
     Reader,
@@ -140,17 +141,26 @@ def _write_short(parts: Parts) -> str | None:
 class _Reader(Reader):
     """Recursive descent over the grammar above."""
 
+    parts = 0
+
     def pattern(self) -> Tree:
         if is_name(self.peek()):
             return self.coupling()
         pattern: Parts | Chain | Sum = self.chain()
         while self.accept("plus"):
-            pattern = Sum(pattern, self.spec())
+            pattern = Sum(pattern, self.part())
         return pattern
 
     def chain(self) -> Parts | Chain:
-        first = self.spec()
+        first = self.part()
         return Chain(first, self.chain()) if self.accept("then") else first
+
+    def part(self) -> Parts:
+        """Read a spec that may be one of several: a pattern of too many would be bound one inside the other."""
+        self.parts += 1
+        if self.parts > PARTS:
+            raise self.error(f"at most {PARTS} specs in a pattern")
+        return self.spec()
 
     def coupling(self) -> Coupling:
         groups = [self.group()]
@@ -182,9 +192,9 @@ class _Reader(Reader):
         self.expect("(")
         modes = []
         while not modes or self.expect(",", ")") == ",":
-            if not self.peek().isdigit():
+            if "." in self.peek():
                 raise self.error("the number of a mode, from 0 on")
-            modes.append(int(self.number("a mode")))
+            modes.append(int(self.number("the number of a mode, from 0 on")))
         return tuple(modes)
 
     def spec(self) -> Parts:
@@ -232,7 +242,7 @@ class _Reader(Reader):
     def count(self, start: int) -> int:
         """Return the number that is token `start`, if it counts blocks."""
         text = self.tokens[start].text
-        if not text.isdigit() or int(text) == 0:
+        if "." in text or int(text) == 0:
             raise self.error("a whole number of blocks to keep, at least 1", at=start)
         return int(text)
 
@@ -240,7 +250,8 @@ class _Reader(Reader):
         """Finish the percentage whose number was token `start`."""
         value = Fraction(self.tokens[start].text)
         if self.accept("/"):
-            value /= int(self.integer("the divisor of the percentage").coefficient)
+            value /= self.integer("the divisor of the percentage").coefficient
+        self.bounded(value, start)
         if not self.accept("%"):
             raise self.error(otherwise)
         if not 0 < value < 100:

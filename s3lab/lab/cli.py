@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,6 +15,8 @@ from s3lab.errors import DataError, S3Error
 from s3lab.lab.options import make_parser
 
 _WIDE = 200
+_SHAPE = re.compile("[0-9]{1,9}x[0-9]{1,9}")
+_SHOWN = 2**22
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `s3lab show --list | head`: what is left to say goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a folder that is read-only, a path through a file
+        where = f"{str(error.filename)!r}: " if error.filename else ""
+        print(f"s3lab: {where}{error.strerror or error}; what was finished is kept", file=sys.stderr)
+        return 2
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -109,18 +116,28 @@ def _fetch(options: argparse.Namespace) -> int:
 
 def _prune(options: argparse.Namespace) -> int:
     _need("transformers", "tqdm")
+    from s3lab.folder import claim
     from s3lab.models.checkpoint import save_pruned
+    from s3lab.models.jobs import check_texts
     from s3lab.models.pretrained import load_model
     from s3lab.models.sequential import prune_model
+    from s3lab.solvers import make_solver
     from s3lab.tensors.team import assemble
 
-    with assemble(options.distributed, options.device) as (team, device):
+    specs = _read_table(options.spec)
+    solvers = {glob: make_solver(name) for glob, name in _read_table(options.solver or ["admm"]).items()}
+    check_texts(specs)
+    with (
+        assemble(options.distributed, options.device) as (team, device),
+        team.united(),
+        claim(options.out if team.rank == 0 else None, options.force),
+    ):
         model, tokenizer = load_model(options.model, options.dtype)
         run = prune_model(
             model,
             tokenizer,
-            _read_table(options.spec),
-            _read_table(options.solver or ["admm"]),
+            specs,
+            solvers,
             calibration=options.calibration,
             sequences=options.sequences,
             length=options.length,
@@ -168,10 +185,13 @@ def _read_shapes(texts: Sequence[str] | None) -> dict[str, tuple[int, int]] | tu
     shapes: dict[str, tuple[int, int]] = {}
     for text in texts or ():
         name, _, extents = text.rpartition("=")
-        M, _, K = extents.replace("×", "x").partition("x")
-        if not (M.isdecimal() and K.isdecimal()) or name in shapes:
+        extents = extents.replace("×", "x")
+        M, _, K = extents.partition("x")
+        if not _SHAPE.fullmatch(extents) or name in shapes:
             raise DataError(f"--shape {text} is no shape, or one too many: write 8x16, or NAME=8x16 for each weight")
         shapes[name] = (int(M), int(K))
+        if int(M) * int(K) > _SHOWN:
+            raise DataError(f"--shape {text} is of more than {_SHOWN} weights: a smaller one shows the same pattern")
     return shapes[""] if len(shapes) == 1 and "" in shapes else shapes or None
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 from s3lab import __version__
+from s3lab.errors import DataError
+from s3lab.lab.arguments import DTYPES, count, damping, device, path, seed, share
 from s3lab.models.fetchable import FETCHABLE
 
 Command = Callable[[argparse.Namespace], int]
@@ -92,7 +94,8 @@ Prune a causal language model decoder layer by decoder layer and save it where t
 MODEL is "reference" for the small model that ships with s3lab, the name of one that `s3lab fetch` has got, such as
 smollm2, the folder of a saved model, a .gguf file, or a model of the Hugging Face hub.  After each decoder layer the
 run is saved in FOLDER/run: the same command goes on after a crash.
-FOLDER then holds the model, its card README.md, and all figures in s3lab.json.
+FOLDER then holds the model, its card README.md, and all figures in s3lab.json.  It must be new, empty, or made by
+s3lab; a second process that is given the same one is told who is at work there.
 """
 _PRUNE_EXAMPLES = """\
 examples:
@@ -118,9 +121,7 @@ examples:
 
 def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     """Return the parser of the command line; ``run`` has what each command does, by name."""
-    parser = argparse.ArgumentParser(
-        prog="s3lab", description=_SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(prog="s3lab", description=_SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"s3lab {__version__}")
     parser.add_argument(
         "--print-completion",
@@ -150,6 +151,13 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are those of the package: one sentence, as of all that cannot be done."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DataError(f"{message}: see {self.prog} --help")
+
+
 class _PrintCompletion(argparse.Action):
     """Print the completion script of a shell, and end."""
 
@@ -169,17 +177,22 @@ def _add_show(show: argparse.ArgumentParser) -> None:
     show.add_argument(
         "--shape", action="append", metavar="MxK", help="of the weight (default: a small one); NAME=MxK in a coupling"
     )
-    show.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    show.add_argument("--out", metavar="FILE", help="draw into a .png or .svg file instead")
+    show.add_argument("--seed", type=seed, default=0, help="of the random weights (default: 0)")
+    show.add_argument("--out", type=path, metavar="FILE", help="draw into a .png or .svg file instead")
 
 
 def _add_reproduce(reproduce: argparse.ArgumentParser) -> None:
     reproduce.add_argument(
         "names", nargs="*", metavar="NAME", help="notebooks, by number or name (default: all of the profile)"
     )
-    reproduce.add_argument("--profile", default="quick", help="quick, smollm2, paper, or a YAML file (default: quick)")
     reproduce.add_argument(
-        "--out", metavar="FOLDER", help="for the results (default: figures, of another profile than quick figures/NAME)"
+        "--profile", type=path, default="quick", help="quick, smollm2, paper, or a YAML file (default: quick)"
+    )
+    reproduce.add_argument(
+        "--out",
+        type=path,
+        metavar="FOLDER",
+        help="for the results (default: figures, of another profile than quick figures/NAME)",
     )
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, repeated")
     reproduce.add_argument(
@@ -187,30 +200,34 @@ def _add_reproduce(reproduce: argparse.ArgumentParser) -> None:
     )
     reproduce.add_argument("--force", action="store_true", help="run what is up to date, too")
     where = reproduce.add_mutually_exclusive_group()
-    where.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time (default: 1)")
-    where.add_argument("--dask", metavar="ADDRESS", help="of a Dask scheduler whose workers are to run them")
+    where.add_argument("--jobs", type=count, default=1, metavar="N", help="notebooks at a time (default: 1)")
+    where.add_argument("--dask", type=path, metavar="ADDRESS", help="of a Dask scheduler whose workers are to run them")
 
 
 def _add_fetch(fetch: argparse.ArgumentParser) -> None:
     fetch.add_argument("model", metavar="MODEL", choices=tuple(FETCHABLE), help=", ".join(FETCHABLE))
-    fetch.add_argument("--cache", metavar="FOLDER", help="that holds what is fetched (default: see the examples)")
+    fetch.add_argument(
+        "--cache", type=path, metavar="FOLDER", help="that holds what is fetched (default: see the examples)"
+    )
 
 
 def _add_prune(prune: argparse.ArgumentParser) -> None:
-    prune.add_argument("model", metavar="MODEL")
+    prune.add_argument("model", type=path, metavar="MODEL")
     prune.add_argument(
         "--spec", action="append", required=True, metavar="SPEC", help="such as 2:4, or GLOB=SPEC, repeated"
     )
     prune.add_argument(
         "--solver", action="append", metavar="NAME", help="sobs, sparsegpt, …, or GLOB=NAME (default: admm)"
     )
-    prune.add_argument("--calibration", default="stdlib", metavar="TEXT", help="stdlib, a text file, c4, or wikitext")
-    prune.add_argument("--sequences", type=int, default=128, metavar="N", help="of calibration text (default: 128)")
-    prune.add_argument("--length", type=int, default=256, metavar="N", help="tokens in a sequence (default: 256)")
-    prune.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the sequences (default: 0.1)")
+    prune.add_argument(
+        "--calibration", type=path, default="stdlib", metavar="TEXT", help="stdlib, a text file, c4, or wikitext"
+    )
+    prune.add_argument("--sequences", type=count, default=128, metavar="N", help="of calibration text (default: 128)")
+    prune.add_argument("--length", type=count, default=256, metavar="N", help="tokens in a sequence (default: 256)")
+    prune.add_argument("--held-out", type=share, default=0.1, metavar="SHARE", help="of the sequences (default: 0.1)")
     prune.add_argument(
         "--damp",
-        type=lambda text: text if text == "auto" else float(text),
+        type=damping,
         default=1e-2,
         metavar="SHARE",
         help="share of the mean diagonal (default: 0.01), or auto: of some, the one of the least held-out error",
@@ -219,24 +236,30 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     prune.add_argument("--refine", action="store_true", help="exchange blocks as well, where that lowers the error")
     prune.add_argument("--hessians", choices=("pruned", "dense"), default="pruned", help="of which model's inputs")
     prune.add_argument(
-        "--moments", metavar="FOLDER", help="to keep the dense model's second moments in, for other runs by --hessians dense"
+        "--moments",
+        type=path,
+        metavar="FOLDER",
+        help="to keep the dense model's second moments in, for other runs by --hessians dense",
     )
-    prune.add_argument("--batch", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
-    prune.add_argument("--seed", type=int, default=0)
-    prune.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    prune.add_argument("--dtype", default="auto", help="of the weights (default: as they were saved)")
+    prune.add_argument("--batch", type=count, default=8, metavar="N", help="sequences at a time (default: 8)")
+    prune.add_argument("--seed", type=seed, default=0)
+    prune.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default: cpu)")
+    prune.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)")
     prune.add_argument("--distributed", action="store_true", help="by all processes that torchrun has started")
-    prune.add_argument("--out", required=True, metavar="FOLDER", help="for the run and the pruned model")
+    prune.add_argument("--out", type=path, required=True, metavar="FOLDER", help="for the run and the pruned model")
+    prune.add_argument("--force", action="store_true", help="write into a folder that holds other files, too")
 
 
 def _add_eval(measure: argparse.ArgumentParser) -> None:
-    measure.add_argument("model", metavar="MODEL")
-    measure.add_argument("--text", default="stdlib", help="stdlib, a text file, c4, or wikitext (default: stdlib)")
-    measure.add_argument("--documents", type=int, metavar="N", help="the first so many (default: all)")
-    measure.add_argument("--length", type=int, default=256, metavar="N", help="tokens in a window (default: 256)")
-    measure.add_argument("--stride", type=int, metavar="N", help="tokens scored in a window (default: all)")
-    measure.add_argument("--batch", type=int, default=8, metavar="N", help="windows at a time (default: 8)")
+    measure.add_argument("model", type=path, metavar="MODEL")
+    measure.add_argument(
+        "--text", type=path, default="stdlib", help="stdlib, a text file, c4, or wikitext (default: stdlib)"
+    )
+    measure.add_argument("--documents", type=count, metavar="N", help="the first so many (default: all)")
+    measure.add_argument("--length", type=count, default=256, metavar="N", help="tokens in a window (default: 256)")
+    measure.add_argument("--stride", type=count, metavar="N", help="tokens scored in a window (default: all)")
+    measure.add_argument("--batch", type=count, default=8, metavar="N", help="windows at a time (default: 8)")
     measure.add_argument("--tasks", nargs="*", default=[], metavar="NAME", help="tasks of lm_eval, such as wikitext")
-    measure.add_argument("--seed", type=int, default=0, help="of the order in which the hub's text is read")
-    measure.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    measure.add_argument("--dtype", default="auto", help="of the weights (default: as they were saved)")
+    measure.add_argument("--seed", type=seed, default=0, help="of the order in which the hub's text is read")
+    measure.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default: cpu)")
+    measure.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)")

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import yaml
 
 from s3lab.errors import DataError
+from s3lab.folder import claim
 from s3lab.lab.grid import as_name, points, read_assignments, read_value
 from s3lab.lab.job import Job, Outcome
 from s3lab.lab.notebook import read_parameters
@@ -39,10 +40,11 @@ def reproduce(
     Tables, figures and records go to ``out``, the executed notebooks to ``out/runs``, a failed one with its
     traceback; it stops only those that read its tables.  What is up to date is skipped unless ``force``.  ``values``
     and ``grid`` are as in `plan`; ``workers`` and ``dask`` as in `s3lab.lab.schedule.run_all`.  Raises DataError for
-    an unknown notebook, profile or parameter, before anything runs.
+    an unknown notebook, profile or parameter, and where another process holds ``out``, before anything runs.
     """
     jobs = plan(names, profile, notebooks, values, grid)
-    return run_all(jobs, Path(out).resolve(), workers, dask, force, progress)
+    with claim(out, force=True):  # its files have names of their own, and are there to be made again
+        return run_all(jobs, Path(out).resolve(), workers, dask, force, progress)
 
 
 def plan(
@@ -109,8 +111,8 @@ def read_profile(profile: str, notebooks: Path) -> dict[str, list[dict[str, Any]
         named = ", ".join(sorted(p.stem for p in (notebooks / "profiles").glob("*.yaml")))
         raise DataError(f"no profile {profile}: {path} is not there; name one of {named}, or a YAML file")
     try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"profile {path} is not YAML: {error}") from None
     given: Iterable[tuple[Any, Any]] = settings.items() if isinstance(settings, dict) else [("", 0)]
     sets: dict[str, list[Any]] = {str(name): values if isinstance(values, list) else [values] for name, values in given}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s3lab.files import write
+from s3lab.files import replacing, telling, write
+from s3lab.folder import check_folder
 from s3lab.models.sequential import Run
 from s3lab.models.shrink import Shrunk
 
@@ -28,16 +30,21 @@ def save_pruned(
 
     Beside weights, configuration and tokenizer stand ``s3lab.json``, the settings of the run and all its rows, and
     ``README.md``, the model card, both with what `shrink` did, if that is given.  Every file appears whole, the
-    configuration last.
+    configuration last.  Raises DataError for a folder with files that s3lab did not make.
     """
     out = Path(out)
-    part = out / ".part"
-    model.save_pretrained(part)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(part)
-    for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
-        path.replace(out / path.name)
-    part.rmdir()
+    check_folder(out)
+    begun = out / ".model.s3lab.part"
+    try:
+        with telling(out):
+            model.save_pretrained(begun)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(begun)
+        for path in sorted(begun.iterdir(), key=lambda path: path.name == "config.json"):
+            with replacing(out / path.name) as part:
+                path.replace(part)
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)
     rows = {"layers": run.layers, "matrices": run.matrices}
     record = {**run.manifest, "density": run.density, "shrunk": shrunk and asdict(shrunk), **rows}
     write(out / RECORD, (json.dumps(record, indent=1) + "\n").encode())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s3lab.errors import DataError, SolveError
+from s3lab.folder import claim
 from s3lab.models.decoder import Decoder, find_decoder
 from s3lab.models.flow import Chunk, Flow, cut_chunks
 from s3lab.models.rundir import RunDir, hash_tensors, layer_file
@@ -105,9 +106,9 @@ def finetune(
         "calibration": hash_tensors({"ids": ids}),
         "device": model.device.type,
     }
-    rundir = None if out is None else RunDir(out, settings)
     count = len(decoders[0].layers)
-    with _frozen(model), _frozen(dense), _report(progress, count * schedule.epochs) as report:
+    with claim(out), _frozen(model), _frozen(dense), _report(progress, count * schedule.epochs) as report:
+        rundir = None if out is None else RunDir(out, settings)
         flow, target = (Flow(m, d, chunks, m.device) for m, d in zip((model, dense), decoders, strict=True))
         for part in (flow, target):
             part.embed()

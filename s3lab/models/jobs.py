@@ -12,7 +12,7 @@ from s3lab.algebra.spec import Pattern
 from s3lab.errors import SpecError
 from s3lab.models.decoder import Decoder, Matrix
 from s3lab.models.globs import assign
-from s3lab.models.structures import fit, read_couplings
+from s3lab.models.structures import STRUCTURES, fit, read_couplings
 from s3lab.solvers.base import ALONE
 
 if TYPE_CHECKING:
@@ -65,6 +65,16 @@ def write_tables(tables: Tables) -> dict[str, str]:
         for glob, specs in table.items():
             told.setdefault(glob, []).extend(map(str, specs))
     return {glob: "; ".join(specs) for glob, specs in told.items()}
+
+
+def check_texts(specs: Specs) -> None:
+    """Raise SpecError for a text that stands for no spec, before there is a model to read it for.
+
+    >>> check_texts({"*.mlp.*": "mlp-channels keep 75%; 2:4", "*": "dense"})
+    """
+    for spec in (spec for table in read_tables(specs) for told in table.values() for spec in told):
+        if isinstance(spec, str) and spec != DENSE and spec.partition(" keep ")[0].strip() not in STRUCTURES:
+            parse(spec)
 
 
 def choose(decoder: Decoder, table: Mapping[str, T], names: Iterable[str] | None = None) -> dict[str, T]:

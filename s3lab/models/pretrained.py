@@ -46,9 +46,11 @@ def load_model(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **unpacked
         )
     except (OSError, ValueError, LookupError, NotImplementedError, ImportError, BadStruct, SafetensorError) as error:
+        bare = Path(source).is_dir() and not options.get("gguf_file") and not (Path(source) / "config.json").exists()
+        reason = "there is no config.json in it" if bare else " ".join(str(error).split())
         raise DataError(
-            f"no model can be loaded from {str(name)!r} ({str(error).strip().splitlines()[0]}): without a network, "
-            f"give the folder of a saved model, a .gguf file, or one of {', '.join((*SHIPPED, *FETCHABLE))}"
+            f"no model can be loaded from {str(name)!r} ({reason}): without a network, give the folder of a saved "
+            f"model, a .gguf file, or one of {', '.join((*SHIPPED, *FETCHABLE))}"
         ) from error
     if missing := sorted(loaded["missing_keys"]):
         raise DataError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from s3lab.errors import DataError
-from s3lab.files import write
+from s3lab.files import replacing, telling, write
 from s3lab.tensors.team import SOLO, Team
 
 MANIFEST = "manifest.json"
@@ -65,17 +65,16 @@ class RunDir:
     def save(self, name: str, tensors: Mapping[str, Tensor], sealed: bool = True) -> None:
         """Write tensors to a safetensors file of the directory and remember its hash for the next commit.
 
-        What is not ``sealed`` is of use to this process alone, and has no hash.
+        What a crash of the machine takes from it, its hash tells.  What is not ``sealed`` is of use to this process
+        alone, and has no hash.
         """
         from safetensors.torch import save_file
 
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
-        if sealed:
-            self._hashes[name] = digest(part)
-        part.replace(path)
+        with replacing(path, sync=False) as part, telling(path):
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
+            if sealed:
+                self._hashes[name] = digest(part)
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of a file."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from s3lab.errors import DataError
+from s3lab.folder import claim
 from s3lab.markup import table
 from s3lab.models import corpus
 from s3lab.models.decoder import Decoder, find_decoder
@@ -131,8 +132,8 @@ def prune_model(
     as it alone reports progress, and any other number of processes can go on from there.  An error in one ends all.
 
     Raises SpecError for specs that fit no matrix and globs that match none, DataError for a model that is not a
-    chain of layers, too few sequences, a run directory of other settings and processes that were not given the same,
-    SolveError where a solver cannot go on.
+    chain of layers, too few sequences, a run directory of other settings, of other files or that another process holds,
+    and processes that were not given the same, SolveError where a solver cannot go on.
     Cost: two forward passes of each layer over all sequences, of the dense and of the pruned model, the second moments,
     and the solver.
 
@@ -195,7 +196,8 @@ def prune_model(
         "processes": team.size,
         "provenance": dict(provenance or {}),
     }
-    with torch.no_grad(), team.united(), _as_evaluated(model, decoder):
+    own = out if team.rank == 0 else None
+    with torch.no_grad(), team.united(), claim(own), _as_evaluated(model, decoder):
         _check_alike(team, settings)
         rundir = None if out is None else RunDir(out, settings, facts, team)
         done = sum(len(record["matrices"]) for record in rundir.layers) if rundir else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -27,7 +27,7 @@ from s3lab.solvers.sparsegpt import SparseGPT
 from s3lab.solvers.variance import MatchVariance as MatchVariance
 from s3lab.solvers.wanda import Wanda
 from s3lab.tensors.meter import Meter
-from s3lab.tensors.problem import Problem
+from s3lab.tensors.problem import Problem, measure
 from s3lab.tensors.shard import over_rows
 from s3lab.tensors.team import Team, find_team
 
@@ -46,7 +46,7 @@ def make_solver(solver: str | Solver) -> Solver:
     """Return the solver of a name, with its default options, or the solver itself; SolveError for an unknown name."""
     if isinstance(solver, Solver):
         return solver
-    if solver not in SOLVERS:
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise SolveError(
             f"no solver is called {solver!r}: use one of {', '.join(SOLVERS)}, or a Solver such as SOBS(batch=64)"
         )
@@ -127,14 +127,14 @@ def prune(
     >>> solution.mask.sum(1).tolist()
     [4, 4, 4, 4]
     """
-    spec = parse(spec) if isinstance(spec, str) else spec
-    weights, moments, tests = ({ALONE: x} if isinstance(x, Tensor) else dict(x or {}) for x in (W, H, H_test))
-    if unknown := (moments.keys() | tests.keys()) - weights.keys():
-        raise SolveError(f"second moments of {', '.join(sorted(unknown))}, of which there is no weight: give both")
+    spec = spec if isinstance(spec, Pattern) else parse(spec)
+    pose = _read_layers(W, H, H_test)
+    if not isinstance(refine, bool | Refine):
+        raise SolveError(f"refine = {refine!r}: True, False, or a Refine with its options")
     method, team, picker = make_solver(solver), find_team(distributed), make_score(salient)
 
     def solve(damp: float) -> dict[str, Solution]:
-        problems = {name: Problem(w, moments.get(name), tests.get(name), damp) for name, w in weights.items()}
+        problems = pose(damp)
         found = method.prune(problems, spec, team, picker)
         if refine:
             return _refine(problems, spec, found, Refine() if refine is True else refine, team)
@@ -144,14 +144,33 @@ def prune(
         found = solve(damp)
     else:
         solved: dict[float, dict[str, Solution]] = {}
-        with Meter(next(iter(weights.values())).device) as meter:
+        with Meter(next(iter(pose(0.0).values())).W.device) as meter:
             tried = climb(lambda rung: team.max(measure_held_out(solved.setdefault(rung, solve(rung)).values())))
         told = {"time_s": meter.time_s, "damps": tried}
         best = solved[min(tried, key=lambda rung: tried[rung])]
         found = {name: replace(solution, stats={**solution.stats, **told}) for name, solution in best.items()}
     if team.size > 1:
         found = {name: _agree(solution, team) for name, solution in found.items()}
-    return found[ALONE] if isinstance(W, Tensor) else found
+    return found if isinstance(W, Mapping) else found[ALONE]
+
+
+def _read_layers(W: Any, H: Any, H_test: Any) -> Callable[[float], dict[str, Problem]]:
+    """Return what makes checked problems by name, at a damping, of the tensors that `prune` is given.
+
+    Raises SolveError for a second moment without a weight, and for no weight at all.
+    """
+    weights, moments, tests = (dict(x if isinstance(x, Mapping) else {ALONE: x}) for x in (W, H, H_test))
+    given = [(name, H) for some in (moments, tests) for name, H in some.items() if H is not None]
+    if unknown := [name for name, _ in given if name not in weights]:
+        told = ", ".join(str(name) or "no name" for name in unknown)
+        raise SolveError(f"second moments of {told}, of which there is no weight: give both")
+    if not weights:
+        raise SolveError("no weights: give a tensor (M, K), or several by name under a coupling")
+
+    def pose(damp: float) -> dict[str, Problem]:
+        return measure({name: Problem(w, moments.get(name), tests.get(name), damp) for name, w in weights.items()})
+
+    return pose
 
 
 def _refine(

@@ -21,7 +21,7 @@ from s3lab.markup import caption
 from s3lab.shapes import Bool, Float
 from s3lab.tensors.joint import join
 from s3lab.tensors.meter import Meter
-from s3lab.tensors.problem import Problem
+from s3lab.tensors.problem import Problem, measure
 from s3lab.tensors.shard import over_rows
 from s3lab.tensors.team import SOLO, Team
 
@@ -94,6 +94,7 @@ class Solver(ABC):
         alone, coupled = ALONE in problems, isinstance(spec, Coupled)
         if alone is coupled:
             raise SpecError(f"{spec} is for {'several tensors by name' if coupled else 'one tensor'}: give just that")
+        problems = measure(problems)
         shapes = {name: problem.shape for name, problem in problems.items()}
         bound = spec.bind(shapes if coupled else shapes[ALONE])
         told = repr(self)
@@ -141,7 +142,9 @@ def conclude(
     solver: str,
     stats: dict[str, Any],
 ) -> dict[str, Solution]:
-    """Check results against their spec and measure them; of tensors without a new weight, the old one is masked.
+    """Check results, in the units of their problems, against their spec, and measure them.
+
+    Of tensors without a new weight, the old one is masked.
 
     Raises SpecError if a mask breaks the spec, SolveError if a weight is not finite: both are faults of a solver,
     never of its input.
@@ -149,7 +152,7 @@ def conclude(
     spec.check(masks if isinstance(spec, Coupled) else masks[ALONE])
     found = {}
     for name, problem in problems.items():
-        weight = weights.get(name, problem.weight).masked_fill(~masks[name], 0).to(problem.W.dtype)
+        weight = problem.restore(weights.get(name, problem.weight), masks[name])
         if not weight.isfinite().all():
             raise SolveError(
                 f"{solver} on {spec} gave weights beyond the range of {problem.W.dtype} at damp = {problem.damp:g}: "

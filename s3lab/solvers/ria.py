@@ -41,4 +41,4 @@ class RIA(ScoreSolver):
         size = problem.weight.abs()
         columns = problem.team.sum(size.sum(0, keepdim=True))
         share = size / size.sum(1, keepdim=True) + size / columns
-        return share.nan_to_num(0) * problem.moment.diagonal().sqrt() ** self.power
+        return share.nan_to_num(0) * problem.power.sqrt() ** self.power

@@ -26,4 +26,4 @@ class Wanda(ScoreSolver):
     """
 
     def score(self, problem: Problem) -> Tensor:
-        return problem.weight.abs() * problem.moment.diagonal().sqrt()
+        return problem.weight.abs() * problem.power.sqrt()

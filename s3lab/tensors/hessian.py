@@ -11,17 +11,19 @@ from torch import Tensor
 from s3lab.errors import ShapeError
 from s3lab.shapes import Float
 from s3lab.tensors.team import Team
+from s3lab.tensors.units import find_exponent, shift
 
 _CHUNK = 16384  # tokens turned to float32 at a time, so that half-precision inputs are never copied whole
+_PLAIN = 32  # inputs below 2^32 and the largest of them above 2^-32 are squared as they are
 _BAND = 384  # rows of the moment computed at a time, each from its diagonal on
 
 
 class Moment:
     """Running second moment XᵀX / T of batches of inputs.
 
-    Products are taken in float32 (float64 for float64 inputs) and summed in float64, on the device of the first
-    batch.  Cost: T·K² operations for a large K, and one K×K matrix.  Raises ShapeError for what is no batch of
-    inputs (…, K), and for no tokens.
+    Products are taken in float32 (float64 for float64 inputs), in units of the largest input, and summed in float64, on
+    the device of the first batch.  Cost: T·K² operations for a large K, and one K×K matrix.  Raises ShapeError for what
+    is no batch of inputs (…, K), and for no tokens.
 
     >>> moment = Moment()
     >>> for batch in torch.eye(2), torch.ones(2, 2):
@@ -49,12 +51,15 @@ class Moment:
             raise ShapeError(f"a batch of K = {X.shape[1]} inputs after batches of K = {len(self._sum)}")
         for chunk in X.split(_CHUNK):
             chunk = chunk if chunk.dtype == torch.float64 else chunk.float()
+            unit = find_exponent(chunk)
+            unit = unit if abs(unit) > _PLAIN else 0
+            chunk = shift(chunk, -unit)
             for start in range(0, len(self._sum), _BAND):
-                product = chunk[:, start : start + _BAND].T @ chunk[:, start:]
+                product = (chunk[:, start : start + _BAND].T @ chunk[:, start:]).to(self._sum)
                 # what is not finite in X is not in its squares
                 if not product.diagonal().isfinite().all():
                     raise ShapeError("the inputs X hold NaN or Inf: drop those tokens or compute them in float32")
-                self._sum[start : start + _BAND, start:] += product
+                self._sum[start : start + _BAND, start:] += shift(product, 2 * unit)
         self.tokens += len(X)
 
     def pool(self, team: Team, device: torch.device) -> None:
@@ -68,11 +73,17 @@ class Moment:
             self._sum = team.sum(own)
 
     def value(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "K K"]:
-        """Return XᵀX / T; ShapeError if no token has been added."""
+        """Return XᵀX / T; ShapeError if no token has been added, or the mean squares leave the range of the dtype."""
         if self._sum is None or self.tokens == 0:
             raise ShapeError("no tokens: a second moment needs at least one input vector")
-        upper = self._sum.triu() / self.tokens
-        return (upper + upper.triu(1).mT).to(dtype)
+        upper = (self._sum.triu() / self.tokens).to(dtype)
+        H = upper + upper.triu(1).mT
+        if not H.isfinite().all() or bool(((H.diagonal() == 0) != (self._sum.diagonal() == 0)).any()):
+            raise ShapeError(
+                f"the squares of the inputs leave the range of {dtype}: multiply all inputs by one power of two, which "
+                "changes no mask, or take value(torch.float64)"
+            )
+        return H
 
 
 def hessian(X: Float[Tensor, "... K"] | Iterable[Tensor]) -> Float[Tensor, "K K"]:
@@ -105,7 +116,8 @@ def output_error(W_hat: Float[Tensor, "M K"], W: Float[Tensor, "M K"], H: Float[
             f"Ŵ {tuple(W_hat.shape)}, W {tuple(W.shape)} and H {tuple(H.shape)} do not fit: expected (M, K), (M, K) "
             "and (K, K)"
         )
-    H = H.double()
-    W, change = W.detach().double(), (W_hat.detach().double() - W.detach().double())
+    W, W_hat, H = (x.detach().double() for x in (W, W_hat, H))
+    unit, H = -find_exponent(W), shift(H, -find_exponent(H))
+    W, change = shift(W, unit), shift(W_hat, unit) - shift(W, unit)
     lost = float(((change @ H) * change).sum().clamp(min=0))
     return sqrt(lost / float(((W @ H) * W).sum())) if lost else 0.0

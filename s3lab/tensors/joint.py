@@ -18,7 +18,7 @@ class Joint:
     """The leaders of a coupling as one problem, with the one round that decides them all.
 
     Layers that share their second moment share their columns, the others have their own, so that nothing a solver
-    does in one reaches another.  Each is damped by its own mean diagonal.  Made by `join`.
+    does in one reaches another.  Each is damped by its own mean diagonal.  In the units of the layers.  Made by `join`.
     """
 
     problem: Problem

@@ -1,9 +1,12 @@
-"""One layer to prune: a weight and the second moment of its inputs, checked once, factorised once."""
+"""One layer to prune: a weight and the second moment of its inputs, checked once, scaled once, factorised once."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +16,22 @@ from s3lab.errors import ShapeError, SolveError
 from s3lab.shapes import Bool, Float
 from s3lab.tensors.hessian import output_error
 from s3lab.tensors.team import SOLO, Team
+from s3lab.tensors.units import find_exponent, shift
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SYMMETRY = 1e-4  # of the largest entry: float32 products of the same X differ by less
 _PIVOT = 1e-10  # of its diagonal: below, an input is a sum of others to what float32 can tell
 _LARGEST_DAMP = 10.0
+
+
+class Units(NamedTuple):
+    """The exponents of the powers of two that a weight and its second moment are measured in."""
+
+    W: int
+    H: int
+
+
+PLAIN = Units(0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +42,9 @@ class Problem:
     it is raised tenfold, step by step, and ``damping`` says to what.  Inputs with a zero diagonal are dead: their
     weights count as zero.  The work is done in float64 for a float64 weight and in float32 otherwise; factorisations
     are in float64.  Where the rows are only some of a layer's, ``team`` are the processes that hold all of them.
+
+    ``units`` are what all but W, H and the errors is measured in: powers of two that keep squares within range, to the
+    same bits whatever the scale of W and H (`measure`).  Weights below 2⁻⁷⁴ of the largest have squares of zero.
 
     Raises ShapeError for a weight that is no finite real matrix, and for an H that is not finite, square, symmetric
     and of the weight's K; SolveError if H is needed and missing, or no damping makes it positive definite.
@@ -41,9 +59,11 @@ class Problem:
     H_test: Float[Tensor, "K K"] | None = None
     damp: float = 1e-2
     team: Team = SOLO
+    units: Units = PLAIN
 
     def __post_init__(self) -> None:
-        if self.W.ndim != 2 or not self.W.is_floating_point() or self.W.numel() == 0:
+        _check_tensor("W", self.W)
+        if self.W.ndim != 2 or self.W.numel() == 0:
             raise ShapeError(
                 f"a weight of shape {tuple(self.W.shape)} and {self.W.dtype}: expected a real matrix (outputs, inputs)"
             )
@@ -52,7 +72,7 @@ class Problem:
         for name, H in (("H", self.H), ("H_test", self.H_test)):
             if H is not None:
                 _check_moment(name, H, self.W)
-        if not self.damp >= 0:
+        if not (isinstance(self.damp, int | float) and 0 <= self.damp < inf):
             raise SolveError(f"damp = {self.damp}: the damping is a fraction of the mean diagonal, at least 0")
 
     @property
@@ -70,12 +90,27 @@ class Problem:
         """Inputs that were never anything but zero."""
         if self.H is None:
             return torch.zeros(self.shape[1], dtype=torch.bool, device=self.W.device)
-        return self.H.diagonal() == 0
+        return self.H.detach().diagonal() == 0
 
     @cached_property
     def weight(self) -> Float[Tensor, "M K"]:
         """The weight in the working dtype, contiguous, zero on dead inputs."""
-        return self.W.detach().to(self.dtype).masked_fill(self.dead, 0).contiguous()
+        return shift(self._live, -self.units.W).contiguous()
+
+    def restore(self, weight: Float[Tensor, "M K"], mask: Bool[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+        """Return a pruned weight out of the units, in the dtype of W, zero but for the ``mask``.
+
+        What is as it was comes back to the bit, all of W where nothing is pruned.
+        """
+        if bool(mask.all()):
+            return self.W.detach().clone()
+        found = torch.where(weight == self.weight, self._live, shift(weight, self.units.W))
+        return found.masked_fill(~mask, 0).to(self.W.dtype)
+
+    @cached_property
+    def power(self) -> Float[Tensor, " K"]:
+        """The mean square of each input: the diagonal of H, undamped, in the working dtype."""
+        return shift(self.moment.diagonal().double(), -self.units.H).to(self.dtype)
 
     @cached_property
     def damping(self) -> float:
@@ -128,11 +163,17 @@ class Problem:
 
     @property
     def moment(self) -> Tensor:
+        """H as it was given, out of the units; SolveError where there is none."""
         if self.H is None:
             raise SolveError(
                 "this solver or measure needs the second moment H of the layer's inputs: pass s3lab.hessian(X)"
             )
-        return self.H
+        return self.H.detach()
+
+    @property
+    def _live(self) -> Tensor:
+        """The weight out of the units, in the working dtype, zero on dead inputs."""
+        return self.W.detach().to(self.dtype).masked_fill(self.dead, 0)
 
     @cached_property
     def _factored(self) -> tuple[float, Tensor]:
@@ -146,13 +187,28 @@ class Problem:
             damp = _raise_damping(damp)
 
     def _damped(self, damp: float) -> Tensor:
-        H = self.moment.to(torch.float64, copy=True)
+        H = shift(self.moment.to(torch.float64, copy=True), -self.units.H)
         diagonal = H.diagonal()
         live = diagonal[~self.dead]
         mean = float(live.mean()) if len(live) else 1.0
         diagonal.masked_fill_(self.dead, mean)
         diagonal += damp * mean
         return H
+
+
+def measure(problems: Mapping[str, Problem]) -> dict[str, Problem]:
+    """Return problems in the units of their largest weight and of their largest mean square of an input.
+
+    Those that are solved together share their units, so that what competes is weighed alike.
+
+    >>> W, H = torch.tensor([[3.0, 4e30]]), 1e-40 * torch.eye(2)
+    >>> found = measure({"": Problem(W, H)})[""]
+    >>> found.weight.abs().max().item() < 1, found.power.max().item() >= 0.5
+    (True, True)
+    """
+    moments = [find_exponent(p.moment.diagonal()) for p in problems.values() if p.H is not None]
+    units = Units(max(find_exponent(problem.W) for problem in problems.values()), max(moments, default=0))
+    return {name: replace(problem, units=units) for name, problem in problems.items()}
 
 
 def _raise_damping(damp: float) -> float:
@@ -164,9 +220,23 @@ def _raise_damping(damp: float) -> float:
     return min(max(10 * damp, 1e-6), _LARGEST_DAMP)
 
 
+def _check_tensor(name: str, x: object) -> None:
+    """Raise ShapeError for what is no dense tensor of real numbers with values."""
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{name} is a {type(x).__name__}: give a tensor, such as torch.as_tensor({name})")
+    if x.layout != torch.strided:
+        raise ShapeError(f"{name} is stored as {x.layout}: give it dense, {name}.to_dense()")
+    if x.is_meta:
+        raise ShapeError(f"{name} is on the meta device and has no values: load the weights first")
+    if x.dtype not in _DTYPES:
+        raise ShapeError(f"{name} is of {x.dtype}: expected a real matrix of {', '.join(map(str, _DTYPES))}")
+
+
 def _check_moment(name: str, H: Tensor, W: Tensor) -> None:
     K = W.shape[1]
-    if H.shape != (K, K) or not H.is_floating_point():
+    _check_tensor(name, H)
+    H = H.detach()
+    if H.shape != (K, K):
         raise ShapeError(
             f"{name} of shape {tuple(H.shape)} and {H.dtype} for a weight of K = {K} inputs: expected real ({K}, {K})"
         )

@@ -69,7 +69,7 @@ def test_eval_prints_perplexities(tiny, tmp_path, capsys):
         (["prune", "TINY", "--spec", "2;4", *SMALL, "--out", "OUT"], "cannot read the spec at column 2"),
         (["prune", "TINY", "--spec", "2:4", "--solver", "obs", *SMALL, "--out", "OUT"], "no solver is called 'obs'"),
         (["prune", "nowhere/at-all", "--spec", "2:4", *SMALL, "--out", "OUT"], "no model can be loaded"),
-        (["prune", "TINY", "--spec", "2:4", "--damp", "-1", *SMALL, "--out", "OUT"], "damp = -1.0"),
+        (["prune", "TINY", "--spec", "2:4", "--damp", "-1", *SMALL, "--out", "OUT"], "--damp: '-1' is out of range"),
         (["prune", "TINY", "--spec", "2:4", "--calibration", "no.txt", "--out", "OUT"], "no text in 'no.txt'"),
         (["prune", "TINY", "--spec", "*.mlp=2:4", *SMALL, "--out", "OUT"], "*.mlp"),
         (["eval", "TINY", "--text", "no.txt"], "no text in 'no.txt'"),

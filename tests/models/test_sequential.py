@@ -321,6 +321,9 @@ def test_another_model_is_refused(make_tiny, ids, tmp_path):
 
 def test_the_manifest_of_something_else_is_left_alone(make_tiny, ids, tmp_path):
     (tmp_path / "manifest.json").write_text('{"name": "an app"}')
+    with pytest.raises(DataError, match=r"files that s3lab did not make \(manifest.json\)"):
+        prune_model(make_tiny("Qwen3"), None, "2:4", out=tmp_path, **QUIET, calibration=ids)
+    (tmp_path / "s3lab.json").write_text("{}")
     with pytest.raises(DataError, match="belongs to something else"):
         prune_model(make_tiny("Qwen3"), None, "2:4", out=tmp_path, **QUIET, calibration=ids)
     assert (tmp_path / "manifest.json").read_text() == '{"name": "an app"}'

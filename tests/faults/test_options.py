@@ -57,6 +57,7 @@ NEEDS = {
     "reproduce": ["--out", "OUT"],
     "show": ["2:4"],
     "check": [],
+    "fetch": ["smollm2"],
 }
 
 

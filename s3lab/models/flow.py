@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.utils._pytree import tree_any
 
 from s3lab.errors import DataError, ShapeError
@@ -187,8 +188,10 @@ class Flow:
         squares = torch.zeros(2, 2, dtype=torch.float64)  # apart and in all, of either kind of chunk
         for chunk in self.own:
             hidden = leave(chunk) if leave else self.run(index, chunk, self.get(index, "pruned", chunk))
-            dense = self.get(index + 1, "dense", chunk).double()
-            sums = [(hidden.double() - dense).square().sum(), dense.square().sum()]
+            dense = self.get(index + 1, "dense", chunk)
+            exact = torch.promote_types(dense.dtype, torch.float32)
+            dense = dense.to(exact)
+            sums = [vector_norm(x).double().square() for x in (hidden.to(exact) - dense, dense)]
             squares[int(chunk.held_out)] += torch.stack(sums).cpu()
             self.put(index + 1, "pruned", chunk, hidden)
         found = self.team.sum(squares).tolist()

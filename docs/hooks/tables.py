@@ -3,6 +3,7 @@
 import csv
 import re
 from pathlib import Path
+from statistics import median
 from textwrap import dedent
 
 from s3lab.algebra import text as language
@@ -56,12 +57,36 @@ def write_corrections() -> str:
     return "\n".join(lines)
 
 
+def write_costs() -> str:
+    """Return where the time of a pruning went, medians over the repeats, in shares of the two passes that it needs."""
+    rows = read_results("time_pruning")
+    parts = {
+        "passes made": "passes_made_s",
+        "second moments": "moments_s",
+        "solver": "solve_s",
+        "writing": "write_s",
+        "in all": "total_s",
+    }
+    lines = ["| dtype | solver | " + " | ".join(parts) + " |", "|---|---|" + "---:|" * len(parts)]
+    for dtype, solver in dict.fromkeys((row["dtype"], row["solver"]) for row in rows):
+        own = [row for row in rows if (row["dtype"], row["solver"]) == (dtype, solver)]
+        cells = (median(float(row[part]) / float(row["two_passes_s"]) for row in own) for part in parts.values())
+        lines.append(f"| {dtype} | `{solver}` | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def read_results(name: str) -> list[dict[str, str]]:
     with (ROOT / "benchmarks" / "results" / f"{name}.csv").open() as lines:
         return list(csv.DictReader(lines))
 
 
-WRITERS = {"patterns": write_patterns, "grammar": write_rules, "speed": write_speed, "corrections": write_corrections}
+WRITERS = {
+    "patterns": write_patterns,
+    "grammar": write_rules,
+    "speed": write_speed,
+    "corrections": write_corrections,
+    "costs": write_costs,
+}
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

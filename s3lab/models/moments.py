@@ -23,12 +23,12 @@ def keep_moments(path: str | Path, settings: Mapping[str, Any], begin: Callable[
     through all layers.  A folder that was left half-made is made again.  Raises DataError for one of other settings.
     """
     folder, known = Path(path), json.loads(json.dumps(dict(settings)))
-    if (folder / _MANIFEST).exists():
-        found = json.loads((folder / _MANIFEST).read_bytes())
-        if differing := [key for key in known if known[key] != found["settings"].get(key)]:
-            raise DataError(
-                f"the moments in {str(folder)!r} are of other settings ({', '.join(differing)}): give another folder"
-            )
+    found = _read_manifest(folder)
+    if differing := [key for key in known if found and known[key] != found["settings"].get(key)]:
+        raise DataError(
+            f"the moments in {str(folder)!r} are of other settings ({', '.join(differing)}): give another folder"
+        )
+    if found and all((folder / name).is_file() for name in found["layers"]):
         return [folder / name for name in found["layers"]]
     flow = begin()
     flow.embed()
@@ -41,6 +41,14 @@ def keep_moments(path: str | Path, settings: Mapping[str, Any], begin: Callable[
         write(folder / _MANIFEST, (json.dumps({"settings": known, "layers": names}, indent=1) + "\n").encode())
     flow.team.wait()
     return [folder / name for name in names]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder says, nothing where there is none that can be read."""
+    try:
+        return json.loads((folder / _MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return {}
 
 
 def read_moments(path: Path) -> dict[tuple[str, ...], Measured]:

@@ -35,8 +35,8 @@ class Passage:
 
     Where each matrix is final once its own stage is pruned, a pass begins with what those before it have laid aside:
     products that are not needed, and what else is computed from them, are no more than shapes.  A layer that cannot
-    be passed so (experts, matrices that are pruned after their stage, code that writes into its tensors in place) is
-    passed from its beginning to each stage.  Which of the two it is, a trial with the first sequence shows.
+    be passed so (experts, matrices that are pruned after their stage, one product that switches another) is passed from
+    its beginning to each stage.  Which of the two it is, a trial with the first sequence shows.
 
     ``stages`` are those to be watched, in order; ``final`` names the matrices that are final with their stage.
     """

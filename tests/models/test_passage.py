@@ -117,6 +117,10 @@ def test_moments_in_a_folder_are_made_once_and_prune_as_those_of_a_pass(make_tin
     kept = [[{k: v for k, v in row.items() if k not in ("time_s", "mem_mib")} for row in run.matrices] for run in runs]
     assert kept[0] == kept[1] == kept[2]
     assert not any(count.tokens.values())
+    (tmp_path / "001.safetensors").unlink()  # what is lost is measured again
+    (tmp_path / "moments.json").write_text("{")
+    again = prune_model(make_tiny("Qwen3"), None, "2:4", "sobs", moments=tmp_path, **options)
+    assert [row["error"] for row in again.matrices] == [row["error"] for row in runs[0].matrices]
     with pytest.raises(s3lab.DataError, match="other settings"):
         prune_model(make_tiny("Qwen3"), None, "2:4", moments=tmp_path, **{**options, "calibration": ids + 1})
     with pytest.raises(s3lab.DataError, match="moments in a folder"):

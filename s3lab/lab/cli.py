@@ -1,4 +1,4 @@
-"""The command line: ``s3lab show | check | reproduce | prune | eval``."""
+"""The command line: ``s3lab show | check | reproduce | prune | eval | pack | unpack | inspect``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An interrupt is 130, as in a shell.
     """
     commands = {"show": _show, "check": _check, "reproduce": _reproduce, "prune": _prune, "eval": _eval}
+    commands |= {"pack": _pack, "unpack": _unpack, "inspect": _inspect}
     try:
         options = make_parser(commands).parse_args(arguments)
         return options.run(options)
@@ -142,6 +143,34 @@ def _eval(options: argparse.Namespace) -> int:
         figures |= {f"{task} {metric}": value for task, found in tasks.items() for metric, value in found.items()}
     for name, value in figures.items():
         print(f"{name.replace('_', ' '):<32} {value:.6g}")
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    _need("safetensors")
+    from s3lab.models.packed import pack_model, summarise, weigh
+
+    dense = pack_model(options.model, options.out, values=options.values, group=options.group)
+    for name, reason in dense.items():
+        print(f"{name}: dense, {reason}")
+    print(f"{summarise(weigh(options.out))}: {options.out}")
+    return 0
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    _need("safetensors")
+    from s3lab.models.packed import unpack_model
+
+    unpack_model(options.model, options.out)
+    print(options.out)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    _need("safetensors")
+    from s3lab.models.packed import report, weigh
+
+    print(report(weigh(options.path)))
     return 0
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from s3lab.algebra.compose import Bound, Nested, Salient
 from s3lab.algebra.coupled import CoupledPartition
+from s3lab.algebra.layout import Layout
 from s3lab.algebra.partition import Partition
 from s3lab.algebra.patterns import parse
 from s3lab.algebra.sizes import INPUTS, ONE, ROWS
@@ -26,6 +27,45 @@ from s3lab.packing.values import Kind, Values, store_values
 ALONE = ""  # the name of a weight that is packed by itself
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Shape = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the values of a weight stand: masks (M, K) of what is kept, each with the layout that gives the order."""
+
+    layers: tuple[tuple[Partition, Tensor], ...]
+
+    @property
+    def mask(self) -> Tensor:
+        """All that is kept, bool (M, K)."""
+        return torch.stack([mask for _, mask in self.layers]).any(0)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether the order is that of the weight, row by row."""
+        first, mask = self.layers[0]
+        return len(self.layers) == 1 and first.layout.coalesce() == Layout(mask.numel(), 1)
+
+    def gather(self, W: Tensor) -> Tensor:
+        """Return the values (n,) that are kept of a weight (M, K), in order."""
+        bits = W.view(_BITS[W.element_size()])
+        return torch.cat([part.blocks(bits)[part.blocks(mask)] for part, mask in self.layers]).view(W.dtype)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Return the weight (M, K) of the values (n,), zero elsewhere: the inverse of `gather`, bit by bit.
+
+        Raises DataError for another number of values.
+        """
+        bits, at = values.view(_BITS[values.element_size()]), 0
+        if (kept := sum(int(mask.sum()) for _, mask in self.layers)) != len(bits):
+            raise DataError(f"the index keeps {kept} weights and there are {len(bits)} values: pack the model again")
+        out = bits.new_zeros(self.layers[0][1].shape)
+        for part, mask in self.layers:
+            there = part.blocks(mask)
+            own = bits[at : at + int(there.sum())]
+            out = torch.where(mask, part.scatter(bits.new_zeros(there.shape).masked_scatter_(there, own)), out)
+            at += len(own)
+        return out.view(values.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,26 +108,13 @@ class Packed:
         return kept / self.weights + bind(self.pattern, self.shapes).storage_bits
 
     @cached_property
-    def layers(self) -> dict[str, list[tuple[Partition, Tensor]]]:
-        """By name the masks (M, K) of what is kept, with the layout in whose order its values stand.
-
-        Raises DataError where the index tells of no mask of the pattern, or of another number of values.
-        """
-        reader = Reader(self.index)
-        found = _read(bind(self.pattern, self.shapes), reader)
-        reader.close()
-        for name, layers in found.items():
-            kept = sum(int(mask.sum()) for _, mask in layers)
-            if kept != self.values[name].count:
-                raise DataError(
-                    f"the index of {self.pattern} keeps {kept} weights and there are {self.values[name].count} values: "
-                    "the file is damaged, pack the model again"
-                )
-        return found
+    def places(self) -> dict[str, Places]:
+        """Where the values of each name stand; DataError where the index tells of no mask of the pattern."""
+        return read_places(self.pattern, self.shapes, self.index)
 
     def masks(self) -> dict[str, Tensor]:
         """Return the masks (M, K) by name, True = kept."""
-        return {name: torch.stack([mask for _, mask in layers]).any(0) for name, layers in self.layers.items()}
+        return {name: own.mask for name, own in self.places.items()}
 
     def unpack(self) -> Tensor | dict[str, Tensor]:
         """Return the weight (M, K), or the weights by name, as they were packed, bit by bit but for signs of zeros
@@ -97,16 +124,7 @@ class Packed:
 
     def unpack_one(self, name: str) -> Tensor:
         """Return the weight (M, K) of one name."""
-        values = self.values[name].decode()
-        bits, at = values.view(_BITS[values.element_size()]), 0
-        out = bits.new_zeros(self.shapes[name])
-        for part, mask in self.layers[name]:
-            places = part.blocks(mask)
-            own = bits[at : at + int(places.sum())]
-            blocks = bits.new_zeros(places.shape).masked_scatter_(places, own)
-            out = torch.where(mask, part.scatter(blocks), out)
-            at += len(own)
-        return out.view(values.dtype)
+        return self.places[name].scatter(self.values[name].decode())
 
 
 def pack(
@@ -134,15 +152,23 @@ def pack(
     grades = {name: grade(own) for name, own in weights.items()}
     bound = bind(pattern, shapes)
     try:
-        pieces, layers = _write(bound, grades)
+        pieces, places = _write(bound, grades)
     except SpecError:
         live = int((grades.get(ALONE, torch.empty(0)) == LIVE).sum())
         if not isinstance(bound, Nested | Salient) or live > round(bound.density * prod(bound.shape)):
             raise
         pattern = Spec(View(), Block((ONE, ONE)), Scope((ROWS, INPUTS), keep=max(live, 1)))
-        pieces, layers = _write(bind(pattern, shapes), grades)
-    stored = {name: store_values(_collect(own, layers[name]), values, group) for name, own in weights.items()}
+        pieces, places = _write(bind(pattern, shapes), grades)
+    stored = {name: store_values(places[name].gather(own), values, group) for name, own in weights.items()}
     return Packed(pattern, shapes, stored, torch.cat([torch.empty(0, dtype=torch.uint8), *pieces]))
+
+
+def read_places(pattern: Pattern, shapes: Mapping[str, Shape], index: Tensor) -> dict[str, Places]:
+    """Return where an index says that values stand, by name; DataError where it is none of the pattern."""
+    reader = Reader(index)
+    found = _read(bind(pattern, shapes), reader)
+    reader.close()
+    return found
 
 
 def bind(pattern: Pattern, shapes: Mapping[str, Shape]) -> Bound | CoupledPartition:
@@ -150,16 +176,7 @@ def bind(pattern: Pattern, shapes: Mapping[str, Shape]) -> Bound | CoupledPartit
     return pattern.bind(shapes if pattern.names else shapes[ALONE])
 
 
-def _collect(W: Tensor, layers: list[tuple[Partition, Tensor]]) -> Tensor:
-    """The values that are kept, in order."""
-    bits = W.view(_BITS[W.element_size()])
-    return torch.cat([part.blocks(bits)[part.blocks(mask)] for part, mask in layers]).view(W.dtype)
-
-
-Layers = dict[str, list[tuple[Partition, Tensor]]]
-
-
-def _write(bound: Bound | CoupledPartition, grades: Mapping[str, Tensor]) -> tuple[list[Tensor], Layers]:
+def _write(bound: Bound | CoupledPartition, grades: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Places]]:
     """The choices of all rounds in bytes, and what they keep."""
     pieces: list[Tensor] = []
 
@@ -187,7 +204,7 @@ def _write(bound: Bound | CoupledPartition, grades: Mapping[str, Tensor]) -> tup
     return pieces, _lay_out(bound, bound.resolve(decide, own.float()))
 
 
-def _read(bound: Bound | CoupledPartition, reader: Reader) -> Layers:
+def _read(bound: Bound | CoupledPartition, reader: Reader) -> dict[str, Places]:
     """What the choices in an index keep: the inverse of `_write`."""
 
     def take(found: Round) -> Tensor:
@@ -207,11 +224,11 @@ def _read_salient(bound: Salient, take: Callable[[Round], Tensor]) -> Salient:
     return replace(bound, main=main, chosen=chosen)
 
 
-def _lay_out(bound: Bound | CoupledPartition, mask: Tensor | dict[str, Tensor]) -> Layers:
+def _lay_out(bound: Bound | CoupledPartition, mask: Tensor | dict[str, Tensor]) -> dict[str, Places]:
     """What is kept by name: the salient blocks of each layer, and the rest in the order of the main part's scopes."""
     if isinstance(mask, dict):
         assert isinstance(bound, CoupledPartition)
-        return {name: [(bound.parts[name], own)] for name, own in mask.items()}
+        return {name: Places(((bound.parts[name], own),)) for name, own in mask.items()}
     assert not isinstance(bound, CoupledPartition)
     layers, rest = [], mask
     for layer in salient_parts(bound) if isinstance(bound, Salient) else []:
@@ -219,4 +236,4 @@ def _lay_out(bound: Bound | CoupledPartition, mask: Tensor | dict[str, Tensor]) 
         layers.append((layer.salient, rest & layer.chosen))
         rest = rest & ~layer.chosen
     main = core(bound)
-    return {ALONE: [*layers, (main.first if isinstance(main, Nested) else main, rest)]}
+    return {ALONE: Places((*layers, (main.first if isinstance(main, Nested) else main, rest)))}

@@ -18,10 +18,11 @@ _HALF = torch.float16, torch.bfloat16
 def to_semi_structured(packed: Packed) -> tuple[Tensor, Tensor]:
     """Return a weight (M, K) at 2:4 as torch's semi-structured tensors hold it.
 
-    That is the values (M, K/2), and the indices (M, K/16) int16.  A kept weight's place in its four takes 2 bits, the first one low, four fours a word: one bit a weight.  Words stand
-    in the order that CUTLASS reads them in, `order_words`.  Of a tensor on a CUDA device,
-    ``SparseSemiStructuredTensorCUTLASS(shape, values, indices, None, None, None)`` multiplies by them; cuSPARSELt keeps
-    its order to itself, and takes `unpack()` through ``torch.sparse.to_sparse_semi_structured``.
+    That is the values (M, K/2), and the indices (M, K/16) int16.  A kept weight's place in its four takes 2 bits, the
+    first one low, four fours a word: one bit a weight.  Words stand in the order that CUTLASS reads them in,
+    `order_words`.  On a CUDA device, ``SparseSemiStructuredTensorCUTLASS(shape, values, indices, None, None, None)``
+    multiplies by them; cuSPARSELt keeps its order to itself, and takes ``unpack()`` through
+    ``torch.sparse.to_sparse_semi_structured``.
 
     Raises SpecError for another pattern, another dtype than float16 and bfloat16, and an M or K that is no multiple of
     32 or 64.

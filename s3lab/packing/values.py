@@ -44,22 +44,19 @@ class Values:
         own = 8.0 * self.dtype.itemsize
         return own if self.kind == "same" else _WIDTH[self.kind] + own / self.group
 
-    def decode(self) -> Tensor:
-        """Return the values (count,); DataError where there are not so many."""
+    def decode(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Return values ``first`` to ``last`` − 1, all by default; DataError where another number is stored."""
+        last = self.count if last is None else last
+        data, scales = self.data, self.scales
+        if len(data) != (-(-self.count // 2) if self.kind == "int4" else self.count):
+            raise DataError(f"{len(data)} numbers are stored for {self.count} values: pack the model again")
         if self.kind == "same":
-            return self._expect(self.data)
-        q = self.data.view(torch.int8) if self.kind == "int8" else _split(self.data)[: self.count]
-        self._expect(q)
-        assert self.scales is not None
-        if len(self.scales) != -(-self.count // self.group):
-            raise DataError(f"{len(self.scales)} scales for {self.count} values in groups of {self.group}: pack again")
-        scales = self.scales.to(self.dtype).float().repeat_interleave(self.group)[: self.count]
-        return (q.float() * scales).to(self.dtype)
-
-    def _expect(self, found: Tensor) -> Tensor:
-        if len(found) != self.count:
-            raise DataError(f"{len(found)} values are stored where {self.count} are kept: pack the model again")
-        return found
+            return data[first:last]
+        if scales is None or len(scales) != -(-self.count // self.group):
+            raise DataError(f"scales are missing for {self.count} values in groups of {self.group}: pack again")
+        q = data[first:last] if self.kind == "int8" else _split(data[first // 2 : -(-last // 2)])[first % 2 :]
+        groups = torch.arange(first, last, device=data.device) // self.group
+        return (q[: last - first].float() * scales.float()[groups]).to(self.dtype)
 
 
 def store_values(values: Tensor, kind: Kind, group: int) -> Values:

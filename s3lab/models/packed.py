@@ -1,0 +1,250 @@
+"""A pruned model's folder as a packed one, and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from s3lab.algebra.patterns import parse
+from s3lab.errors import DataError, S3Error
+from s3lab.files import write
+from s3lab.models.checkpoint import RECORD
+from s3lab.models.quantizer import METHOD
+from s3lab.packing.codec import ALONE, pack
+from s3lab.packing.file import (
+    INDEX,
+    VERSION,
+    Entry,
+    find_files,
+    read_packed,
+    read_tensors,
+    seal,
+    write_tensors,
+)
+from s3lab.packing.values import Kind
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a tensor of a packed file takes: ``bytes`` of values, scales and index, of its ``spec`` if it is packed.
+
+    ``size`` is that of a weight in bytes, before it was packed.
+
+    ``bits`` are those that are stored by weight, ``theory`` those that the algebra counts; a coupling's index is with
+    its first matrix, and so are both figures.  ``note`` says why a matrix that was pruned is dense.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str = ""
+    size: int = 0
+    values: int = 0
+    index: int = 0
+    bits: float | None = None
+    theory: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return self.values + self.index
+
+    @property
+    def dense(self) -> int:
+        """What the weight takes if it is not packed."""
+        return prod(self.shape) * self.size
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """A row of a table."""
+        shape, figures = "×".join(map(str, self.shape)), (self.bits, self.theory)
+        told = (f"{figure:.4f}" if figure is not None else "" for figure in figures)
+        return (
+            self.name,
+            shape,
+            self.dtype,
+            self.spec,
+            f"{self.values:,}",
+            f"{self.index:,}" if self.spec else "",
+            *told,
+        )
+
+
+def pack_model(folder: str | Path, out: str | Path, *, values: Kind = "same", group: int = 128) -> dict[str, str]:
+    """Pack a pruned model of ``folder`` into ``out``, and return why matrices of its record were left dense, by name.
+
+    The record ``s3lab.json``, as `save_pruned` writes it, says which matrices were pruned by which spec.  Matrices that
+    the run or `shrink` left dense stay so.  ``values`` and ``group`` are those of `codec.pack`.  The new folder loads
+    by ``AutoModelForCausalLM.from_pretrained`` after ``import s3lab``; the files beside the weights are copied.
+
+    Raises DataError for a folder without record, weights or config, or one that is packed already, SpecError for a
+    matrix that is not pruned as the record says.
+    """
+    folder, out = Path(folder), Path(out)
+    record, config = _read_json(folder / RECORD), _read_json(folder / CONFIG)
+    if "quantization_config" in config:
+        raise DataError(f"{folder} holds a packed or quantised model: give the folder of a pruned one")
+    tensors, _ = read_tensors(find_files(folder))
+    entries: list[Entry] = []
+    dense: dict[str, str] = {}
+    for spec, rows in _group(record, folder):
+        found = _find(spec, rows, tensors)
+        if isinstance(found, str):
+            dense |= {f"layer {row['layer']} {row['name']}": found for row in rows}
+            continue
+        keys, transposed, changed = found
+        weights = {key: tensors[f"{name}.weight"] for key, name in keys.items()}
+        weights = {key: W.T if keys[key] in transposed else W for key, W in weights.items()}
+        try:
+            packed = pack(weights.get(ALONE, weights), spec, values=values, group=group)
+        except S3Error as error:
+            if not changed:
+                raise type(error)(f"{' & '.join(keys.values())}: {error}") from error
+            dense |= {name: "of another shape than it was pruned in" for name in keys.values()}
+            continue
+        entries.append(Entry(packed, keys, transposed))
+    taken = {f"{name}.weight" for entry in entries for name in entry.names.values()}
+    stored = {name: tensor for name, tensor in tensors.items() if name not in taken}
+    for entry in entries:
+        stored |= entry.tensors()
+    config["quantization_config"] = {"quant_method": METHOD, "version": VERSION}
+    _save(folder, out, stored, seal([entry.describe() for entry in entries], stored).write(), config)
+    return dense
+
+
+def unpack_model(folder: str | Path, out: str | Path) -> None:
+    """Write the model of a packed folder as a dense one, every weight as it was before, into ``out``.
+
+    Where values were rounded, the weights are the rounded ones.  Raises DataError as `file.read_packed` does.
+    """
+    folder, out = Path(folder), Path(out)
+    config = _read_json(folder / CONFIG)
+    entries, tensors = read_packed(folder)
+    config.pop("quantization_config", None)
+    for entry in entries:
+        tensors |= entry.unpack()
+    _save(folder, out, tensors, {"format": "pt"}, config)
+
+
+def weigh(path: str | Path) -> list[Line]:
+    """Return what each tensor of a packed file, or of a folder, takes; DataError as `file.read_packed` does."""
+    path = Path(path)
+    entries, tensors = read_packed(path, whole=path.is_dir())
+    lines = [
+        Line(name, tuple(t.shape), _dtype(t), size=t.element_size(), values=t.nbytes) for name, t in tensors.items()
+    ]
+    for entry in entries:
+        packed = entry.packed
+        for number, (key, name) in enumerate(entry.names.items()):
+            values, first = packed.values[key], number == 0
+            kind = _dtype(values.data) if values.kind == "same" else values.kind
+            told = f"{packed.pattern}", values.bytes, len(packed.index) if first else 0
+            measured = (packed.bits_per_weight, packed.theory_bits) if first else (None, None)
+            lines.append(Line(name, packed.shapes[key], kind, told[0], values.dtype.itemsize, *told[1:], *measured))
+    return lines
+
+
+def summarise(lines: list[Line]) -> str:
+    """Return in a sentence what a packed model takes, against the dense one."""
+    packed = [line for line in lines if line.spec]
+    stored, dense = (sum(sizes) for sizes in ((line.bytes for line in packed), (line.dense for line in packed)))
+    rest = sum(line.bytes for line in lines if not line.spec)
+    return (
+        f"{len(packed)} matrices packed, {stored:,} bytes where dense ones take {dense:,}"
+        + (f" ({stored / dense:.1%})" if dense else "")
+        + f"; {rest:,} bytes of what is dense"
+    )
+
+
+def report(lines: list[Line]) -> str:
+    """Return a table of what each tensor takes, the sums by part, and a sentence."""
+    head = ("tensor", "shape", "values", "spec", "values, B", "index, B", "bits", "theory")
+    rows = [head, *(line.cells for line in lines)]
+    parts = [sum(line.values for line in lines if line.spec), sum(line.index for line in lines)]
+    rows.append(("packed", "", "", "", f"{parts[0]:,}", f"{parts[1]:,}", "", ""))
+    rows.append(("dense", "", "", "", f"{sum(line.values for line in lines if not line.spec):,}", "", "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    texts = [
+        "  ".join(
+            f"{cell:>{n}}" if place > 3 else f"{cell:<{n}}"
+            for place, (cell, n) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([*(text.rstrip() for text in texts), "", summarise(lines)])
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _group(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield each spec of a record with the rows of the matrices it pruned together, in the order of its names."""
+    try:
+        rows = list(record["matrices"])
+        at = 0
+        while at < len(rows):
+            spec = rows[at]["spec"]
+            count = len(parse(spec).names) or 1
+            together = rows[at : at + count]
+            if len(together) < count or any(row["spec"] != spec for row in together):
+                raise ValueError(f"{spec} is of {count} matrices")
+            yield spec, together
+            at += count
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / RECORD} is no record of a pruned model ({error}): prune the model again") from error
+
+
+def _find(
+    spec: str, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]
+) -> str | tuple[dict[str, str], frozenset[str], bool]:
+    """The names of the matrices of rows by those of their spec, those stored (K, M), and whether a shape is another.
+
+    Or why they stay dense.
+    """
+    if all(row["density"] == 1 for row in rows):
+        return "left dense by the run"
+    keys, transposed, changed = {}, set(), False
+    for key, row in zip(parse(spec).names or (ALONE,), rows, strict=True):
+        end = f".{row['layer']}.{row['name']}.weight"
+        names = [name for name in tensors if f".{name}".endswith(end) and tensors[name].ndim == 2]
+        if len(names) != 1:
+            return "not stored as one matrix"
+        keys[key] = names[0].removesuffix(".weight")
+        shape = list(tensors[names[0]].shape)
+        if shape != row["shape"] and shape[::-1] == row["shape"]:
+            transposed.add(keys[key])
+        changed |= sorted(shape) != sorted(row["shape"])
+    return keys, frozenset(transposed), changed
+
+
+def _save(
+    folder: Path, out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any]
+) -> None:
+    """Write a model into a folder, and beside it what else stands in the old one; the config last."""
+    if out.resolve() == folder.resolve():
+        raise DataError(f"{out} is the model itself: give another folder")
+    write_tensors(tensors, metadata, out)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in (CONFIG, INDEX):
+            shutil.copyfile(path, out / path.name)
+    write(out / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): give the folder of a model that s3lab pruned") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no settings: give the folder of a model that s3lab pruned")
+    return found

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from s3lab.algebra.patterns import parse
-from s3lab.errors import DataError, S3Error
+from s3lab.errors import DataError, SpecError
 from s3lab.files import write
 from s3lab.models.checkpoint import RECORD
 from s3lab.models.quantizer import METHOD
@@ -101,17 +101,13 @@ def pack_model(folder: str | Path, out: str | Path, *, values: Kind = "same", gr
         if isinstance(found, str):
             dense |= {f"layer {row['layer']} {row['name']}": found for row in rows}
             continue
-        keys, transposed, changed = found
-        weights = {key: tensors[f"{name}.weight"] for key, name in keys.items()}
-        weights = {key: W.T if keys[key] in transposed else W for key, W in weights.items()}
+        keys, ways, changed = found
         try:
-            packed = pack(weights.get(ALONE, weights), spec, values=values, group=group)
-        except S3Error as error:
+            entries.append(_pack(spec, keys, ways, tensors, values, group))
+        except SpecError as error:
             if not changed:
-                raise type(error)(f"{' & '.join(keys.values())}: {error}") from error
+                raise SpecError(f"{' & '.join(keys.values())}: {error}") from error
             dense |= {name: "of another shape than it was pruned in" for name in keys.values()}
-            continue
-        entries.append(Entry(packed, keys, transposed))
     taken = {f"{name}.weight" for entry in entries for name in entry.names.values()}
     stored = {name: tensor for name, tensor in tensors.items() if name not in taken}
     for entry in entries:
@@ -204,16 +200,36 @@ def _group(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, list[
         raise DataError(f"{folder / RECORD} is no record of a pruned model ({error}): prune the model again") from error
 
 
+def _pack(
+    spec: str,
+    keys: dict[str, str],
+    ways: list[frozenset[str]],
+    tensors: Mapping[str, Tensor],
+    values: Kind,
+    group: int,
+) -> Entry:
+    """The matrices of ``keys`` packed, those of the first of ``ways`` that fits taken to be stored (K, M)."""
+    stored = {key: tensors[f"{name}.weight"] for key, name in keys.items()}
+    weights = {key: W.T if keys[key] in ways[0] else W for key, W in stored.items()}
+    try:
+        packed = pack(weights.get(ALONE, weights), spec, values=values, group=group)
+    except SpecError:
+        if len(ways) == 1:
+            raise
+        return _pack(spec, keys, ways[1:], tensors, values, group)
+    return Entry(packed, keys, ways[0])
+
+
 def _find(
     spec: str, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]
-) -> str | tuple[dict[str, str], frozenset[str], bool]:
-    """The names of the matrices of rows by those of their spec, those stored (K, M), and whether a shape is another.
+) -> str | tuple[dict[str, str], list[frozenset[str]], bool]:
+    """The names of the matrices of rows by those of their spec, which may be stored (K, M), and if a shape is another.
 
-    Or why they stay dense.
+    Or why they stay dense.  A square does not tell which way round it is stored.
     """
     if all(row["density"] == 1 for row in rows):
         return "left dense by the run"
-    keys, transposed, changed = {}, set(), False
+    keys, turned, square, changed = {}, set(), set(), False
     for key, row in zip(parse(spec).names or (ALONE,), rows, strict=True):
         end = f".{row['layer']}.{row['name']}.weight"
         names = [name for name in tensors if f".{name}".endswith(end) and tensors[name].ndim == 2]
@@ -222,9 +238,11 @@ def _find(
         keys[key] = names[0].removesuffix(".weight")
         shape = list(tensors[names[0]].shape)
         if shape != row["shape"] and shape[::-1] == row["shape"]:
-            transposed.add(keys[key])
+            turned.add(keys[key])
+        if shape == shape[::-1]:
+            square.add(keys[key])
         changed |= sorted(shape) != sorted(row["shape"])
-    return keys, frozenset(transposed), changed
+    return keys, [frozenset(turned), *([frozenset(turned | square)] if square else [])], changed
 
 
 def _save(

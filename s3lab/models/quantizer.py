@@ -41,9 +41,7 @@ def install() -> None:
 class _Finder(MetaPathFinder):
     """Finds the registry of transformers as the other finders do, with a loader that registers the method after it."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _REGISTRY:
             return None
         sys.meta_path.remove(self)

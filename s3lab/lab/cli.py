@@ -148,7 +148,8 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _pack(options: argparse.Namespace) -> int:
     _need("safetensors")
-    from s3lab.models.packed import pack_model, summarise, weigh
+    from s3lab.models.packed import pack_model
+    from s3lab.packing.weigh import summarise, weigh
 
     dense = pack_model(options.model, options.out, values=options.values, group=options.group)
     for name, reason in dense.items():
@@ -168,7 +169,7 @@ def _unpack(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     _need("safetensors")
-    from s3lab.models.packed import report, weigh
+    from s3lab.packing.weigh import report, weigh
 
     print(report(weigh(options.path)))
     return 0

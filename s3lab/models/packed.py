@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,52 +29,6 @@ from s3lab.packing.file import (
 from s3lab.packing.values import Kind
 
 CONFIG = "config.json"
-
-
-@dataclass(frozen=True)
-class Line:
-    """What a tensor of a packed file takes: ``bytes`` of values, scales and index, of its ``spec`` if it is packed.
-
-    ``size`` is that of a weight in bytes, before it was packed.
-
-    ``bits`` are those that are stored by weight, ``theory`` those that the algebra counts; a coupling's index is with
-    its first matrix, and so are both figures.  ``note`` says why a matrix that was pruned is dense.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    spec: str = ""
-    size: int = 0
-    values: int = 0
-    index: int = 0
-    bits: float | None = None
-    theory: float | None = None
-
-    @property
-    def bytes(self) -> int:
-        """All of it."""
-        return self.values + self.index
-
-    @property
-    def dense(self) -> int:
-        """What the weight takes if it is not packed."""
-        return prod(self.shape) * self.size
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """A row of a table."""
-        shape, figures = "×".join(map(str, self.shape)), (self.bits, self.theory)
-        told = (f"{figure:.4f}" if figure is not None else "" for figure in figures)
-        return (
-            self.name,
-            shape,
-            self.dtype,
-            self.spec,
-            f"{self.values:,}",
-            f"{self.index:,}" if self.spec else "",
-            *told,
-        )
 
 
 def pack_model(folder: str | Path, out: str | Path, *, values: Kind = "same", group: int = 128) -> dict[str, str]:
@@ -129,58 +81,6 @@ def unpack_model(folder: str | Path, out: str | Path) -> None:
     for entry in entries:
         tensors |= entry.unpack()
     _save(folder, out, tensors, {"format": "pt"}, config)
-
-
-def weigh(path: str | Path) -> list[Line]:
-    """Return what each tensor of a packed file, or of a folder, takes; DataError as `file.read_packed` does."""
-    path = Path(path)
-    entries, tensors = read_packed(path, whole=path.is_dir())
-    lines = [
-        Line(name, tuple(t.shape), _dtype(t), size=t.element_size(), values=t.nbytes) for name, t in tensors.items()
-    ]
-    for entry in entries:
-        packed = entry.packed
-        for number, (key, name) in enumerate(entry.names.items()):
-            values, first = packed.values[key], number == 0
-            kind = _dtype(values.data) if values.kind == "same" else values.kind
-            told = f"{packed.pattern}", values.bytes, len(packed.index) if first else 0
-            measured = (packed.bits_per_weight, packed.theory_bits) if first else (None, None)
-            lines.append(Line(name, packed.shapes[key], kind, told[0], values.dtype.itemsize, *told[1:], *measured))
-    return lines
-
-
-def summarise(lines: list[Line]) -> str:
-    """Return in a sentence what a packed model takes, against the dense one."""
-    packed = [line for line in lines if line.spec]
-    stored, dense = (sum(sizes) for sizes in ((line.bytes for line in packed), (line.dense for line in packed)))
-    rest = sum(line.bytes for line in lines if not line.spec)
-    return (
-        f"{len(packed)} matrices packed, {stored:,} bytes where dense ones take {dense:,}"
-        + (f" ({stored / dense:.1%})" if dense else "")
-        + f"; {rest:,} bytes of what is dense"
-    )
-
-
-def report(lines: list[Line]) -> str:
-    """Return a table of what each tensor takes, the sums by part, and a sentence."""
-    head = ("tensor", "shape", "values", "spec", "values, B", "index, B", "bits", "theory")
-    rows = [head, *(line.cells for line in lines)]
-    parts = [sum(line.values for line in lines if line.spec), sum(line.index for line in lines)]
-    rows.append(("packed", "", "", "", f"{parts[0]:,}", f"{parts[1]:,}", "", ""))
-    rows.append(("dense", "", "", "", f"{sum(line.values for line in lines if not line.spec):,}", "", "", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    texts = [
-        "  ".join(
-            f"{cell:>{n}}" if place > 3 else f"{cell:<{n}}"
-            for place, (cell, n) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([*(text.rstrip() for text in texts), "", summarise(lines)])
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _group(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from s3lab.algebra.patterns import parse
 from s3lab.packing.codec import read_places
+from s3lab.packing.decode import TOKENS, multiply, tell
 from s3lab.packing.file import Entry
 from s3lab.packing.rows import Rows
 from s3lab.packing.values import Values
@@ -33,7 +34,8 @@ class PackedLinear(nn.Module):
     >>> layer(torch.ones(1, 4)), torch.equal(layer.weight, W)
     (tensor([[3., 7.]]), True)
     >>> layer
-    PackedLinear(in_features=4, out_features=2, bias=False, 2:4, 17 bits a weight, unpacked for each product)
+    PackedLinear(in_features=4, out_features=2, bias=False, 2:4, 17 bits a weight,
+        unpacked for each product (K = 4 is no multiple of 32))
     """
 
     values: Tensor
@@ -103,7 +105,12 @@ class PackedLinear(nn.Module):
         return 8 * stored / (self.in_features * self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y (…, M) of x (…, K)."""
+        """Return y (…, M) of x (…, K).
+
+        Of a sequence of several tokens, and where gradients are asked for, y has the very bits of the dense layer.
+        """
+        if (y := self._decode(x)) is not None:
+            return y
         if self.conv1d:  # as Conv1D multiplies, so that not a bit differs; it always has a bias
             assert self.bias is not None
             flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
@@ -124,7 +131,23 @@ class PackedLinear(nn.Module):
     @property
     def path(self) -> str:
         """How a product is computed."""
-        return "unpacked for each product"
+        if self.values.is_meta:
+            return "without its bytes"
+        return "unpacked for each product" if self.conv1d or self.transposed else tell(self.rows)
+
+    def _decode(self, x: Tensor) -> Tensor | None:
+        """y for up to `decode.TOKENS` tokens that follow no other in x, where that is faster than to unpack."""
+        tokens = x.shape[:-1].numel()
+        alone = x.ndim < 3 or x.shape[-2] == 1
+        if not (0 < tokens <= TOKENS and alone) or self.conv1d or self.transposed or x.dtype != self.stored.dtype:
+            return None
+        if torch.is_grad_enabled() and x.requires_grad:
+            return None
+        y = multiply(self.rows, x.reshape(tokens, -1))
+        if y is None:
+            return None
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, *args: Any, **options: Any) -> PackedLinear:
         self._rows = None  # it is on the old device, in the old dtype

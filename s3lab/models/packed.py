@@ -110,14 +110,14 @@ def _pack(
 ) -> Entry:
     """The matrices of ``keys`` packed, those of the first of ``ways`` that fits taken to be stored (K, M)."""
     stored = {key: tensors[f"{name}.weight"] for key, name in keys.items()}
-    weights = {key: W.T if keys[key] in ways[0] else W for key, W in stored.items()}
-    try:
-        packed = pack(weights.get(ALONE, weights), spec, values=values, group=group)
-    except SpecError:
-        if len(ways) == 1:
-            raise
-        return _pack(spec, keys, ways[1:], tensors, values, group)
-    return Entry(packed, keys, ways[0])
+    errors = []
+    for turned in ways:
+        weights = {key: W.T if keys[key] in turned else W for key, W in stored.items()}
+        try:
+            return Entry(pack(weights.get(ALONE, weights), spec, values=values, group=group), keys, turned)
+        except SpecError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _find(

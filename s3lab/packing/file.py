@@ -100,12 +100,7 @@ class Header:
     @property
     def parts(self) -> set[str]:
         """The names of the tensors that packed weights are made of."""
-        found = set()
-        for told in self.entries:
-            names = list(told["names"].values())
-            found |= {f"{name}.values" for name in names} | {f"{names[0]}.index"}
-            found |= {f"{name}.scales" for name in names if told["values"] != "same"}
-        return found
+        return set().union(*map(_parts, self.entries))
 
     def write(self) -> dict[str, str]:
         """Return the header's metadata."""
@@ -206,7 +201,8 @@ def read_header(metadata: Mapping[str, str], path: Path) -> Header:
 def read_packed(path: Path, *, whole: bool = True) -> tuple[list[Entry], dict[str, Tensor]]:
     """Return what a packed file or folder holds: the packed weights, and the other tensors by name.
 
-    Every tensor is compared with its SHA-256, and with ``whole`` all must be there.  Raises DataError where anything is
+    Every tensor is compared with its SHA-256, and with ``whole`` all must be there; without, a packed weight of which
+    another file has a part counts as the tensors that are here.  Raises DataError where anything is
     not as it was written: a file that is cut or changed, a tensor of another name, dtype, shape or content, an unknown
     version.
     """
@@ -214,9 +210,10 @@ def read_packed(path: Path, *, whole: bool = True) -> tuple[list[Entry], dict[st
     tensors, metadata = read_tensors(files)
     header = read_header(metadata, files[0])
     check_tensors(header, tensors, files[0], whole)
-    parts = header.parts
     with _structured(files[0]):
-        entries = [Entry.read(told, tensors) for told in header.entries]
+        found = [told for told in header.entries if whole or _parts(told) <= tensors.keys()]
+        entries = [Entry.read(told, tensors) for told in found]
+        parts = Header(found, {}).parts
     return entries, {name: tensor for name, tensor in tensors.items() if name not in parts}
 
 
@@ -240,6 +237,13 @@ def _structured(path: Path) -> Iterator[None]:
         raise DataError(
             f"the header of {path} is not as s3lab writes it ({_line(error)}): pack the model again"
         ) from error
+
+
+def _parts(told: Mapping[str, Any]) -> set[str]:
+    """The names of the tensors of an entry."""
+    names = list(told["names"].values())
+    kinds = ("values",) if told["values"] == "same" else ("values", "scales")
+    return {f"{name}.{kind}" for name in names for kind in kinds} | {f"{names[0]}.index"}
 
 
 def _expect(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:

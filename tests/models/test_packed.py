@@ -66,7 +66,8 @@ def test_a_packed_model_is_the_same_to_the_last_bit(name, make_tiny, ids, tmp_pa
 def test_what_the_run_left_dense_stays_so_and_is_told(make_tiny, ids, tmp_path):
     out = prune(make_tiny("Qwen3Moe"), FAMILY_TABLES["Qwen3Moe"], ids, tmp_path / "pruned")
     dense = pack_model(out, tmp_path / "packed")
-    assert dense and all("experts" in name and reason == "not stored as one matrix" for name, reason in dense.items())
+    assert all("experts" in name for name in dense)
+    assert set(dense.values()) == {"not stored as one matrix", "left dense by the run"}  # some saw too few tokens
 
 
 def test_a_coupling_has_one_index(make_tiny, ids, tmp_path):

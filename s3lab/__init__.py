@@ -9,6 +9,7 @@ from s3lab.algebra.spec import Block, Pattern, Scope, Spec, View
 from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
 from s3lab.models.activations import Activation
 from s3lab.models.calibrate import sparsify
+from s3lab.models.quantizer import install as _install
 from s3lab.models.sequential import prune_model
 from s3lab.solvers import (
     ADMM,
@@ -70,3 +71,5 @@ __all__ = [
     "sparsify",
 ]
 __version__ = "0.1.0"
+
+_install()

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "s3lab"
 GROUND = {"errors", "files", "folder", "markup", "shapes"}
-FLOORS = ("algebra", "tensors", "solvers", "models", "lab")
+FLOORS = ("algebra", "tensors", "solvers", "packing", "models", "lab")
 FILES = sorted(PACKAGE.rglob("*.py"))
 SHARED_BY_SOLVERS = {"base", "refit", "elimination", "fields", "kernels"}
 LIGHT = {"torch", "numpy", "s3lab"}
@@ -79,6 +79,11 @@ def test_solvers_never_import_each_other():
         inside = {name.split(".")[2] for name in imported(path) if name.startswith("s3lab.solvers.")}
         if path.stem not in {"__init__", *SHARED_BY_SOLVERS}:
             assert inside <= SHARED_BY_SOLVERS, f"{path.name} imports {inside}"
+
+
+def test_packing_knows_no_solver():
+    for path in (PACKAGE / "packing").glob("*.py"):
+        assert not any(name.startswith("s3lab.solvers") for name in imported(path)), path
 
 
 def test_no_solver_names_a_pattern_and_no_pattern_a_solver():

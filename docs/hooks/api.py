@@ -12,6 +12,7 @@ FLOORS = {
     "algebra": "Layouts, specs and their bound forms. Pure Python.",
     "tensors": "Second moments, problems, and rows shared over processes. Torch.",
     "solvers": "One paper, one file; each a frozen dataclass of its options.",
+    "packing": "Pruned weights as bytes, their files, and layers that hold them packed.",
     "models": "Language models: calibration, the run over decoder layers, evaluation, files.",
     "lab": "Figures, records, notebooks and the command line.",
 }

@@ -78,7 +78,7 @@ class Partition:
     def storage_bits(self) -> float:
         """Bits per weight that an index of the mask takes: ⌈log2 C(B, keep)⌉ a scope (arXiv 2507.03052).
 
-        Each way, the masks of a scope are counted up to a side of 8; above, its rows have an index each.
+        Each way, a scope has one index up to a side of 10; above, its rows have one each.
         """
         return index_bits(self.B, self.keep, self.lines) / (self.B * self.E)
 

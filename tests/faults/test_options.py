@@ -58,6 +58,9 @@ NEEDS = {
     "show": ["2:4"],
     "check": [],
     "fetch": ["smollm2"],
+    "pack": ["DIR", "--out", "OUT"],
+    "unpack": ["DIR", "--out", "OUT"],
+    "inspect": ["DIR"],
 }
 
 
@@ -101,7 +104,7 @@ def test_every_value_that_cannot_be_is_refused_before_anything_is_loaded_or_made
     assert len(tried) > 200
     for command, name, value in tried:
         needs = NEEDS[command]
-        if name == "model":
+        if not name.startswith("-"):
             given = [command, value, *needs[1:]]
         else:
             given = (

@@ -1,0 +1,155 @@
+"""Products of a few tokens with a packed weight that read its packed bytes only.
+
+A mask that keeps whole rows and columns leaves one smaller dense product.  Any other weight has its bits and values
+read row by row by a kernel in C++, `decode.cpp`, which the system's compiler translates for this very CPU when it is
+first needed, and which is kept in ``~/.cache/s3lab``.  It includes no header of torch, which would be most of the time
+to translate it, and runs on torch's own threads.  One kernel serves every pattern, as all come as bits by rows.
+
+The truth beside it is ``linear(x, rows.unpack(…))``.  Where there is no kernel, a layer unpacks, and says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from s3lab.files import replacing
+from s3lab.packing.rows import Rows
+
+TOKENS = 8  # as many the kernel takes
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_VECTOR = 32  # a row is read in steps of so many weights
+
+
+class Kernel:
+    """The compiled kernel: ``level`` names the instructions that it uses.
+
+    ``flags`` are those of the compiler, for a kernel of other instructions.  Raises OSError, saying why, where it
+    cannot be made.
+    """
+
+    def __init__(self, flags: Sequence[str] = ("-march=native",)) -> None:
+        self._library = _build(tuple(flags))
+        self._library.s3lab_level.restype = ctypes.c_char_p
+        self.level = self._library.s3lab_level().decode()
+
+    def multiply(self, rows: Rows, x: Tensor) -> Tensor:
+        """Return x Wᵀ (T, M) in float32 of up to `TOKENS` tokens (T, K), for rows that `reason` has nothing against."""
+        (M, K), values, x = rows.shape, rows.values.decode(), x.float().contiguous()
+        run, bits = (1, rows.bits) if rows.runs is None else (16, rows.runs)
+        y = torch.empty(len(x), M)
+        call = getattr(self._library, f"s3lab_multiply_{_TYPES[values.dtype]}")
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (bits, rows.starts, values, x, y))
+        sizes = ctypes.c_int64(M), ctypes.c_int64(K), len(x), torch.get_num_threads()
+        if call(run, *pointers, *sizes):
+            raise AssertionError(f"{len(x)} tokens are more than {TOKENS}")
+        return y
+
+
+@cache
+def find_kernel() -> Kernel | str:
+    """Return the kernel for this CPU, made on the first call, or why there is none."""
+    try:
+        return Kernel()
+    except OSError as error:
+        return str(error)
+
+
+def reason(rows: Rows) -> str:
+    """Return why no kernel multiplies these rows, empty where one does.
+
+    >>> from s3lab.packing.codec import ALONE, pack
+    >>> packed = pack(torch.tensor([[1.0, 0, 2, 0], [0, 0, 3, 4]]), "2:4")
+    >>> reason(Rows.of(packed.places[ALONE], packed.values[ALONE]))
+    'K = 4 is no multiple of 32'
+    """
+    if rows.bits.device.type != "cpu":
+        return f"no kernel for {rows.bits.device.type}"
+    if rows.values.kind != "same" or rows.values.dtype not in _TYPES:
+        return "no kernel for " + (rows.values.kind if rows.values.kind != "same" else str(rows.values.dtype))
+    if rows.shape[1] % _VECTOR:
+        return f"K = {rows.shape[1]} is no multiple of {_VECTOR}"
+    found = find_kernel()
+    return found if isinstance(found, str) else ""
+
+
+def multiply(rows: Rows, x: Tensor) -> Tensor | None:
+    """Return x Wᵀ (T, M) of a few tokens (T, K), in float32 or their dtype; None where the weight must be unpacked."""
+    if rows.lines is not None:
+        own, columns = rows.lines
+        y = linear(x[:, columns], rows.values.decode().view(len(own), len(columns)))
+        return y if len(own) == rows.shape[0] else y.new_zeros(len(x), rows.shape[0]).index_copy_(1, own, y)
+    if reason(rows):
+        return None
+    kernel = find_kernel()
+    assert isinstance(kernel, Kernel)
+    return kernel.multiply(rows, x)
+
+
+def tell(rows: Rows) -> str:
+    """Return how products with a weight are computed, for few tokens and for more."""
+    if rows.lines is not None:
+        few = f"a dense product of {len(rows.lines[0])} rows and {len(rows.lines[1])} columns"
+    elif why := reason(rows):
+        return f"unpacked for each product ({why})"
+    else:
+        kernel = find_kernel()
+        assert isinstance(kernel, Kernel)
+        few = f"a kernel with {kernel.level} on {'single weights' if rows.runs is None else 'runs of 16'}"
+    return f"up to {TOKENS} tokens by {few}, more unpacked"
+
+
+def _build(flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The kernel translated by these flags, from the cache if it is there."""
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise OSError("no C++ compiler")
+    key = "\n".join([_SOURCE.read_text(), compiler, *flags, _tell_cpu()]).encode()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s3lab"
+    # without a runtime of its own the kernel uses that of torch, whose threads are there already
+    for link in ((), ("-fopenmp",)):
+        path = home / f"decode-{hashlib.sha256(key + repr(link).encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            _compile(compiler, flags, link, path)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            if link:
+                raise
+    raise AssertionError
+
+
+def _tell_cpu() -> str:
+    """What instructions there are: a cache may be shared by machines."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _compile(compiler: str, flags: tuple[str, ...], link: tuple[str, ...], path: Path) -> None:
+    with replacing(path) as part:
+        object_ = part.with_suffix(".o")
+        common = [compiler, "-O3", "-std=c++17", "-fPIC", "-w", *flags]
+        try:
+            for command in (
+                [*common, "-fopenmp", "-c", str(_SOURCE), "-o", str(object_)],
+                [*common, "-shared", *link, str(object_), "-o", str(part)],
+            ):
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        except subprocess.SubprocessError as error:
+            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            raise OSError(f"{compiler} failed: {lines[0] if lines else 'no message'}") from error
+        finally:
+            object_.unlink(missing_ok=True)

@@ -1,0 +1,170 @@
+"""Products with packed weights: the dense layer's bits where nothing is lost, its numbers where a kernel adds."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+import s3lab as s3
+from s3lab.packing import decode
+from s3lab.packing.codec import ALONE, pack
+from s3lab.packing.file import Entry
+from s3lab.packing.linear import PackedLinear
+from s3lab.packing.rows import Rows
+
+M, K = 48, 256
+TEXTS = [
+    "2:4",
+    "8:16",
+    "coupled-2:4",
+    "block16",
+    "25%",
+    "50%@4x16",
+    "2:4 plus 1:32",
+    "50% columns",
+    "50% rows",
+    "1:256",
+]
+
+
+def prune(text, dtype, shape=(M, K), seed=0):
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return W.where(s3.parse(text).bind(shape).project(W.float().abs()), 0)
+
+
+def make(W, text, **options):
+    return PackedLinear.of(Entry(pack(W, text, **options), {ALONE: "up_proj"}), ALONE)
+
+
+def lay(W, text):
+    packed = pack(W, text)
+    return Rows.of(packed.places[ALONE], packed.values[ALONE])
+
+
+@pytest.fixture(scope="module", params=[("-march=native",), ("-march=haswell",), ()], ids=["native", "AVX2", "plain"])
+def kernel(request, tmp_path_factory):
+    if isinstance(decode.find_kernel(), str):
+        pytest.skip(f"no kernel: {decode.find_kernel()}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        try:
+            return decode.Kernel(request.param)
+        except OSError as error:
+            pytest.skip(f"not on this machine: {error}")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_hold_the_weight(text, dtype):
+    W = prune(text, dtype)
+    rows = lay(W, text)
+    assert torch.equal(rows.unpack(0, M), W) and torch.equal(rows.unpack(5, 23), W[5:23])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_kernel_multiplies_as_the_dense_product_does(kernel, text, dtype):
+    W = prune(text, dtype)
+    rows = lay(W, text)
+    for tokens in range(1, decode.TOKENS + 1):
+        x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        y, expected = kernel.multiply(rows, x), linear(x.double(), W.double())
+        assert torch.allclose(y.double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (3, 64), (7, 96), (2, 1024)])
+def test_the_kernel_takes_all_shapes_that_it_says(kernel, shape):
+    W = prune("25%", torch.bfloat16, shape)
+    x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.allclose(kernel.multiply(lay(W, "25%"), x).double(), x.double() @ W.double().T, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "runs", "lines"),
+    [
+        ("2:4", False, False),
+        ("block16", True, False),
+        ("50%@4x16", True, False),
+        ("50% columns", False, True),
+        ("50% rows", True, True),
+    ],
+)
+def test_what_a_mask_is_made_of_is_seen(text, runs, lines):
+    rows = lay(prune(text, torch.float32), text)
+    assert (rows.runs is not None) == runs and (rows.lines is not None) == lines
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_layer_gives_the_dense_layer_s_bits_for_a_sequence(text, dtype):
+    W = prune(text, dtype)
+    dense = nn.Linear(K, M, dtype=dtype)
+    dense.weight.data.copy_(W)
+    layer = PackedLinear.of(Entry(pack(W, text), {ALONE: "up_proj"}), ALONE, bias=dense.bias)
+    x = torch.randn(2, 9, K, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(layer(x), dense(x)) and torch.equal(layer.weight, W)
+    with torch.no_grad():
+        y, expected = layer(x[:, :1]), dense(x[:, :1])
+    assert y.shape == expected.shape and y.dtype == dtype
+    assert torch.allclose(y, expected, atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+
+
+def test_gradients_reach_the_input():
+    W = prune("2:4", torch.float32)
+    x = torch.randn(1, K, requires_grad=True)
+    make(W, "2:4")(x).sum().backward()
+    assert torch.allclose(x.grad, W.sum(0, keepdim=True), atol=1e-5)
+
+
+def test_tiles_make_the_same_product(monkeypatch):
+    W = prune("8:16", torch.float32)
+    x = torch.randn(3, 4, K)
+    whole = make(W, "8:16")(x)
+    monkeypatch.setattr("s3lab.packing.linear._TILE", 5 * K)
+    assert torch.allclose(make(W, "8:16")(x), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("text", ["2:4", "coupled-2:4"])
+def test_rounded_values_are_read_by_rows(values, text):
+    layer = make(prune(text, torch.bfloat16), text, values=values, group=24)
+    rows = layer.rows
+    assert torch.equal(
+        torch.cat([rows.unpack(0, 7), rows.unpack(7, M)]),
+        pack(prune(text, torch.bfloat16), text, values=values, group=24).unpack(),
+    )
+
+
+def test_what_runs_is_told(monkeypatch):
+    W = prune("2:4", torch.bfloat16)
+    found = decode.find_kernel()
+    if not isinstance(found, str):
+        assert f"up to 8 tokens by a kernel with {found.level} on single weights, more unpacked" in repr(make(W, "2:4"))
+        assert "on runs of 16" in repr(make(prune("block16", torch.bfloat16), "block16"))
+    assert "a dense product of 48 rows and 128 columns" in repr(make(prune("50% columns", W.dtype), "50% columns"))
+    assert "unpacked for each product (no kernel for int8)" in repr(make(W, "2:4", values="int8"))
+    monkeypatch.setattr(decode, "find_kernel", lambda: "no C++ compiler")
+    layer = make(W, "2:4")
+    assert "unpacked for each product (no C++ compiler)" in repr(layer)
+    x = torch.randn(1, K).bfloat16()
+    assert torch.equal(layer(x), linear(x, W))
+
+
+def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(OSError, match="failed"):
+        decode.Kernel(("-march=no-such-cpu",))
+    assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.setattr(decode.shutil, "which", lambda _: None)
+    with pytest.raises(OSError, match="no C"):
+        decode.Kernel()
+
+
+def test_a_copy_and_another_dtype_run_as_well():
+    W = prune("2:4", torch.bfloat16)
+    layer = make(W, "2:4")
+    x = torch.randn(1, 9, K)
+    assert torch.equal(copy.deepcopy(layer)(x.bfloat16()), layer(x.bfloat16()))
+    assert torch.equal(layer.float()(x), linear(x, W.float()))

@@ -185,7 +185,7 @@ def test_the_commands_tell_what_they_did_and_refuse_in_a_sentence(make_tiny, ids
         (["pack", str(out), "--out", str(out)], "is the model itself"),
         (["pack", str(packed), "--out", str(dense)], "packed or quantised model"),
         (["pack", str(tmp_path), "--out", str(dense)], "cannot be read"),
-        (["pack", str(out), "--values", "int4", "--group", "0", "--out", str(dense)], "group of 0"),
+        (["pack", str(out), "--values", "int4", "--group", "0", "--out", str(dense)], "'0' is out of range"),
         (["inspect", str(out)], "is not packed by s3lab"),
         (["inspect", str(tmp_path)], "no safetensors file"),
         (["unpack", str(out), "--out", str(dense)], "is not packed by s3lab"),

@@ -219,7 +219,9 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     prune.add_argument("--refine", action="store_true", help="exchange blocks as well, where that lowers the error")
     prune.add_argument("--hessians", choices=("pruned", "dense"), default="pruned", help="of which model's inputs")
     prune.add_argument(
-        "--moments", metavar="FOLDER", help="to keep the dense model's second moments in, for other runs by --hessians dense"
+        "--moments",
+        metavar="FOLDER",
+        help="to keep the dense model's second moments in, for other runs by --hessians dense",
     )
     prune.add_argument("--batch", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
     prune.add_argument("--seed", type=int, default=0)

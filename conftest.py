@@ -13,7 +13,9 @@ from jaxtyping import install_import_hook
 from nbval.plugin import IPyNbCell
 
 # Before anything imports the package: from here on the shapes in its annotations are checked at every call.
-install_import_hook(["s3lab.tensors", "s3lab.solvers", "s3lab.packing", "s3lab.models"], "beartype.beartype")
+install_import_hook(
+    [f"s3lab.{floor}" for floor in ("tensors", "solvers", "packing", "training", "models")], "beartype.beartype"
+)
 
 # Every run draws the same examples, and a loaded machine is no reason to fail.
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

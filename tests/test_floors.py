@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "s3lab"
-GROUND = {"errors", "files", "folder", "markup", "shapes"}
-FLOORS = ("algebra", "tensors", "solvers", "packing", "models", "lab")
+GROUND = {"errors", "files", "folder", "globs", "markup", "shapes"}
+FLOORS = ("algebra", "tensors", "solvers", "packing", "training", "models", "lab")
 FILES = sorted(PACKAGE.rglob("*.py"))
 SHARED_BY_SOLVERS = {"base", "refit", "elimination", "fields", "kernels"}
 LIGHT = {"torch", "numpy", "s3lab"}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from s3lab.errors import DataError, SpecError
+from s3lab.globs import matches
 from s3lab.models.decoder import Decoder, Matrix, Watch, find_course, find_decoder
 from s3lab.models.flow import Flow, cut_chunks
-from s3lab.models.globs import matches
 from s3lab.shapes import Float, Integer
 
 if TYPE_CHECKING:

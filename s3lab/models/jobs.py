@@ -10,8 +10,8 @@ from s3lab.algebra.couple import Coupled
 from s3lab.algebra.patterns import parse
 from s3lab.algebra.spec import Pattern
 from s3lab.errors import SpecError
+from s3lab.globs import assign
 from s3lab.models.decoder import Decoder, Matrix
-from s3lab.models.globs import assign
 from s3lab.models.structures import STRUCTURES, fit, read_couplings
 from s3lab.solvers.base import ALONE
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from s3lab.models.globs import assign
 from torch import nn
 from torch.nn import functional
 
 from s3lab.errors import DataError, SpecError
 from s3lab.models.decoder import Matrix, Watch, find_course, find_decoder
-from s3lab.models.globs import assign
 
 pytest.importorskip("transformers")
 

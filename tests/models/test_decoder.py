@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from s3lab.models.globs import assign
 from torch import nn
 from torch.nn import functional
 
 from s3lab.errors import DataError, SpecError
+from s3lab.globs import assign
 from s3lab.models.decoder import Matrix, Watch, find_course, find_decoder
 
 pytest.importorskip("transformers")

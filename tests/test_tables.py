@@ -45,15 +45,27 @@ NAMES = {
     "50 % a row": "50%/row",
     "rise": "rise_percent",
     "mean error of a matrix": "error_percent",
+    "mean error": "error_percent",
+    "built-in text": "documentation_perplexity",
+    "rise here": "documentation_rise_percent",
+    "WikiText-2": "wikitext_perplexity",
+    "rise there": "wikitext_rise_percent",
 }
 PLAIN = (("correction", "none"), ("seed", "0"))
 PATTERNS = "benchmarks/results/compare_nm_patterns.csv"
+REAL = "figures/smollm2/texts_smollm2.csv"
 # by the page and the heading that the table is under
 TABLES = {
     ("README.md", "What it makes: Table 1"): Source(
         "figures/compare_single_layer.csv", ("layer", "pattern"), "solver", "error_percent"
     ),
     ("README.md", "A language model, end to end"): Source("figures/table_2.csv", ("run",)),
+    ("README.md", "What it does to a real language model"): Source(
+        REAL, ("method",), where=(("pattern", "2:4"), ("calibrated_on", "documentation"))
+    ),
+    ("README.md", "Calibrated on the other text"): Source(
+        REAL, ("method",), where=(("pattern", "2:4"), ("calibrated_on", "wikitext"))
+    ),
     ("README.md", "Beyond 2:4: weights, inputs, corrections"): Source(
         PATTERNS, ("solver",), "pattern", "perplexity", PLAIN
     ),
@@ -176,3 +188,23 @@ def test_the_solver_card_of_admm_says_what_its_studies_found():
             }
             above.append(100 * (own["1"] / min(own.values()) - 1))
         assert f"{sum(above) / 4:.1f} %" == error and error in text
+
+
+def test_the_readme_says_of_the_real_model_what_its_table_says():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    rows = {(row["calibrated_on"], row["method"]): row for row in read(REAL) if row["pattern"] in ("dense", "2:4")}
+
+    def rise(method: str) -> float:
+        return float(rows["documentation", method]["documentation_rise_percent"])
+
+    for method in ("admm", "sobs"):
+        assert f"{100 * (1 - rise(method) / rise('sparsegpt')):.0f} %" in text
+    for on in ("documentation", "wikitext"):
+        dense, best = (float(row[f"{on}_perplexity"]) for row in (rows["", "dense"], rows["documentation", "admm"]))
+        assert f"it has {dense:.2f}" in text or f"dense model has {dense:.2f}" in text
+        assert f"{best / dense:.1f} times" in text
+        order = [float(rows[on, method][f"{on}_perplexity"]) for method in ("admm", "sobs", "sparsegpt", "wanda")]
+        assert order == sorted(order)
+        assert float(rows[on, "admm"][f"{on}_perplexity"]) == min(
+            float(rows[other, "admm"][f"{on}_perplexity"]) for other in ("documentation", "wikitext")
+        )

@@ -6,9 +6,12 @@ from pathlib import Path
 from statistics import median
 from textwrap import dedent
 
+import torch
+
 from s3lab.algebra import text as language
 from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.lab.gallery import GALLERY
+from s3lab.packing.codec import pack
 
 ROOT = Path(__file__).parents[2]
 METHODS = "sparsegpt", "sparsegpt + refit", "sobs", "admm quick", "admm"
@@ -75,6 +78,22 @@ def write_costs() -> str:
     return "\n".join(lines)
 
 
+def write_packing() -> str:
+    """Return a row for each named pattern, and for N:M, packed on a random weight of `SHAPE`."""
+    lines = [
+        "| pattern | kept | index, bits per weight | as counted | all, bits per weight |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    W = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for name in ["2:4", "4:8", "8:16", "16:32", "25%", "50%/row", *PATTERNS]:
+        bound = parse(name).bind(SHAPE)
+        packed = pack(W.where(bound.project(W.float().abs()), 0), name)
+        kept, index = packed.values[""].count / packed.weights, 8 * len(packed.index) / packed.weights
+        told = f"{index:.4f} | {bound.storage_bits:.4f} | {packed.bits_per_weight:.4f}"
+        lines.append(f"| `{name}` | {kept:.4f} | {told} |")
+    return "\n".join(lines)
+
+
 def read_results(name: str) -> list[dict[str, str]]:
     with (ROOT / "benchmarks" / "results" / f"{name}.csv").open() as lines:
         return list(csv.DictReader(lines))
@@ -86,6 +105,7 @@ WRITERS = {
     "speed": write_speed,
     "corrections": write_corrections,
     "costs": write_costs,
+    "packing": write_packing,
 }
 
 

@@ -126,7 +126,9 @@ def test_show_refuses_in_a_sentence(arguments, message, capsys):
     assert message in told.err and not told.out
 
 
-@pytest.mark.parametrize("command", ["show", "check", "reproduce", "fetch", "prune", "eval"])
+@pytest.mark.parametrize(
+    "command", ["show", "check", "reproduce", "fetch", "prune", "eval", "pack", "unpack", "inspect"]
+)
 def test_every_command_tells_how_it_is_used(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

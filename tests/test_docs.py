@@ -71,9 +71,10 @@ def test_every_page_is_in_the_navigation():
     assert sorted(told) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES)
 
 
-def test_every_solver_has_a_card():
-    page = (ROOT / "docs" / "solvers.md").read_text()
-    assert {f"## {name}\n" for name in s3lab.SOLVERS} <= set(re.findall(r"## \w+\n", page))
+@pytest.mark.parametrize(("name", "known"), [("solvers", s3lab.SOLVERS), ("training", s3lab.METHODS)])
+def test_every_method_has_a_card(name, known):
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    assert {f"## {key}\n" for key in known} <= set(re.findall(r"## \w+\n", page))
 
 
 def test_every_promise_has_its_test():

@@ -13,9 +13,11 @@ FLOORS = {
     "tensors": "Second moments, problems, and rows shared over processes. Torch.",
     "solvers": "One paper, one file; each a frozen dataclass of its options.",
     "packing": "Pruned weights as bytes, their files, and layers that hold them packed.",
+    "training": "Training under a pattern. One method, one file; each a frozen dataclass of its options.",
     "models": "Language models: calibration, the run over decoder layers, evaluation, files.",
     "lab": "Figures, records, notebooks and the command line.",
 }
+DICTIONARIES = {"METHODS": "s3lab.training", "PATTERNS": "s3lab.algebra.patterns", "SOLVERS": "s3lab.solvers"}
 ROOT = Path(s3lab.__file__).parent
 
 
@@ -41,7 +43,9 @@ def write_index() -> str:
             place = f"{thing.__module__}.{thing.__qualname__}"
             lines.append(f"| [`{name}`][{place}] | {first_sentence(thing)} |")
         else:
-            place = {"PATTERNS": "s3lab.algebra.patterns", "SOLVERS": "s3lab.solvers"}[name]
+            place = {"METHODS": "s3lab.training", "PATTERNS": "s3lab.algebra.patterns", "SOLVERS": "s3lab.solvers"}[
+                name
+            ]
             lines.append(f"| [`{name}`][{place}] | A dictionary: {', '.join(f'`{key}`' for key in thing)}. |")
     return "\n".join(lines) + "\n"
 
@@ -52,7 +56,7 @@ def first_sentence(thing: object) -> str:
 
 
 def write_floor(floor: str, told: str) -> str:
-    modules = [f"s3lab.{floor}" if floor == "solvers" else None]
+    modules = [f"s3lab.{floor}" if floor in ("solvers", "training") else None]
     modules += [f"s3lab.{floor}.{path.stem}" for path in sorted((ROOT / floor).glob("*.py")) if path.stem != "__init__"]
     if floor == "algebra":
         modules.append("s3lab.errors")

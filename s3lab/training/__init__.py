@@ -89,7 +89,7 @@ def sparse(
     masks = [chosen.begin(unit, generator) for unit in units]
     for unit, own in zip(units, masks, strict=True):
         for name, layer in unit.layers.items():
-            weight = SparseWeight(chosen, own[name], layer.weight.requires_grad)
+            unit.sparse[name] = weight = SparseWeight(chosen, own[name], layer.weight.requires_grad)
             chosen.equip(weight, layer.weight, generator)
             layer.weight.requires_grad_(weight.trained and not chosen.freezes)
             parametrize.register_parametrization(layer, "weight", weight)

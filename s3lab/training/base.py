@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -98,11 +98,13 @@ class Unit:
     """A pattern and the linear layers that it decides on, by dotted name: one, or those that a coupling names.
 
     Methods see one matrix of scores, the `grid`: the weight (M, K) itself, or one number for each block (S, B) of a
-    coupling.  `gather` leads there and `spread` back.  Raises SpecError where the pattern does not fit, naming them.
+    coupling.  `gather` leads there and `spread` back.  ``sparse`` are the parametrisations of the layers, once they
+    have them.  Raises SpecError where the pattern does not fit, naming the layers.
     """
 
     spec: Pattern
     layers: dict[str, nn.Linear]
+    sparse: dict[str, SparseWeight] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
@@ -120,9 +122,9 @@ class Unit:
         }
 
     @property
-    def sparse(self) -> dict[str, SparseWeight]:
-        """The parametrisations of the layers."""
-        return {name: layer.parametrizations["weight"][0] for name, layer in self.layers.items()}  # pyright: ignore
+    def is_sparse(self) -> bool:
+        """Whether the layers are sparse now: they were made so, and not dense since."""
+        return bool(self.sparse) and all(is_parametrized(layer, "weight") for layer in self.layers.values())
 
     @property
     def masks(self) -> Tensors:
@@ -152,8 +154,8 @@ class Unit:
 
     def project(self, scores: Mapping[str, Tensor], bound: Bound | None = None) -> Tensors:
         """Return the masks of the blocks with the highest scores, under another budget where ``bound`` has one."""
-        grid, scores = bound or self.grid, self.gather(scores)
-        return self.spread(project(grid, scores) if isinstance(grid, Partition) else grid.project(scores))
+        grid, worth = bound or self.grid, self.gather(scores)
+        return self.spread(project(grid, worth) if isinstance(grid, Partition) else grid.project(worth))
 
     def squares(self) -> Tensors:
         """Return the squared weights by name, at least in float32: their sums are squared block norms."""

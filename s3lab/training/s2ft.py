@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -55,4 +55,5 @@ class S2FT(Method):
         own.values = nn.Parameter(W.detach()[own.mask])
 
     def weigh(self, W: Tensor, own: SparseWeight) -> Tensor:
-        return W.masked_scatter(own.mask, own.values)
+        values: Any = own.values
+        return W.masked_scatter(own.mask, values)

@@ -24,6 +24,7 @@ class Sparsity:
     ``callback()`` is for the Trainer of transformers.  Raises SolveError for a step that was not prepared.
 
     Steps, masks and what a method trains are in the state of the module: load it, and the optimiser's, and go on.
+    Layers that `densify` made dense take no more steps, and ``masks`` and ``steps`` stay as they were.
 
     >>> import s3lab as s3
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
@@ -57,7 +58,7 @@ class Sparsity:
     def prepare(self) -> None:
         """Change the gradients as the method asks, before the optimiser's step; once a step, however often called."""
         if not self._prepared:
-            for unit in self.units:
+            for unit in self._active():
                 self.method.prepare(unit)
         self._prepared = True
 
@@ -70,7 +71,7 @@ class Sparsity:
                 "follow(optimizer) once, before the training"
             )
         self._prepared = False
-        for unit in self.units:
+        for unit in self._active():
             for own in unit.sparse.values():
                 own.steps += 1
             self.method.step(unit, optimizer)
@@ -97,7 +98,7 @@ class Sparsity:
 
     def check(self) -> None:
         """Raise SpecError, naming the layer, unless all masks are lawful now, and all weights follow them."""
-        for unit in self.units:
+        for unit in self._active():
             unit.check(unit.masks, self.method.bound(unit))
             for name, layer in unit.layers.items():
                 rest = layer.weight if self.method.prunes else layer.weight - unit.weights[name]
@@ -105,6 +106,9 @@ class Sparsity:
                     raise SpecError(
                         f"{name}: a weight outside the mask is {'not zero' if self.method.prunes else 'moved'}"
                     )
+
+    def _active(self) -> list[Unit]:
+        return [unit for unit in self.units if unit.is_sparse]
 
     def __repr__(self) -> str:
         return f"Sparsity({self.method}, {len(self.masks)} layers, {self.steps} steps)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class SPP(Method):
         own.beta = nn.Parameter(W.new_zeros(W.shape[0], 1))
 
     def weigh(self, W: Tensor, own: SparseWeight) -> Tensor:
-        M = W.shape[0]
-        alpha = own.alpha.repeat(-(-M // self.rank), 1)[:M]
-        return cut_off(W, own.mask) * (1 + self.scale * own.beta * alpha)
+        alpha: Any = own.alpha
+        beta: Any = own.beta
+        turns = alpha.repeat(-(-len(W) // self.rank), 1)[: len(W)]
+        return cut_off(W, own.mask) * (1 + self.scale * beta * turns)

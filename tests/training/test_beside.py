@@ -55,7 +55,9 @@ def test_lora_of_peft_is_trained_beside_fixed_zeros():
     model = language_model()
     sparsity = s3.sparse(model, TABLE, s3.Fixed())
     before = {name: mask.clone() for name, mask in sparsity.masks.items()}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["gate_proj", "q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, about transformers
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["gate_proj", "q_proj"]))
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.1)
     sparsity.follow(optimizer)

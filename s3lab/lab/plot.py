@@ -245,11 +245,13 @@ def bars(
     reference_label: str = "reference",
     ylabel: str | None = None,
     digits: int = 1,
+    log: bool = False,
     width: float = PAGE,
 ) -> Figure:
     """Draw ``y`` as one bar per row, labelled with its value: grouped by ``x``, told apart by ``hue``.
 
-    ``panel`` gives each of its values a row of axes of their own.  ``reference`` names a column of figures to
+    ``log`` has ratios on a logarithmic axis that begins at 1.  ``panel`` gives each of its values a row of axes of
+    their own.  ``reference`` names a column of figures to
     compare with, drawn as marks across the bars where they are not missing.  Raises DataError if the table
     lacks a column or has two rows for one bar.
 
@@ -279,6 +281,9 @@ def bars(
             ax.set_xticks(range(len(groups)), [str(g) for g in groups])
             ax.tick_params(axis="x", length=0)
             ax.margins(x=0.01, y=0.14)
+            if log:
+                ax.set_yscale("log")
+                ax.set_ylim(bottom=1)
             ax.grid(True, axis="y")
         handles, labels = axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, ncols=len(labels), loc="outside upper center")

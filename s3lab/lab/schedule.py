@@ -27,7 +27,7 @@ _TICK_S = 0.3
 _PATIENCE_S = 10
 _CELL_S = 5.0  # a cell, where no record says better
 _NEARLY = 0.95  # of a job that takes longer than it is expected to
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
 
 
 def run_all(

@@ -100,7 +100,7 @@ def register() -> None:
                 raise DataError("a packed model is loaded from its files: give the folder that `s3lab pack` made")
             prepare(model, [Path(file) for file in checkpoint_files])
 
-        def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
             for module in model.modules():
                 if isinstance(module, PackedLinear) and not module.values.is_meta:
                     _ = module.rows  # laid out now: an index that names no mask is an error of loading

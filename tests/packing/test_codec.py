@@ -71,7 +71,7 @@ def test_n_m_takes_what_the_literature_counts(text, index):
     assert packed.bits_per_weight == 16 * float(mask.double().mean()) + index
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.one_of(matrix_specs(), viewed_specs(), chains(), sums()), st.sampled_from(list(DTYPES)), st.integers(0, 99))
 def test_a_generated_pattern_comes_back(spec, dtype, seed):
     mask = project(spec, (M, K), seed)
@@ -87,7 +87,7 @@ def test_a_generated_pattern_comes_back(spec, dtype, seed):
         assert bits <= spec.bind((M, K)).storage_bits * 1.05 + 120 / (M * K)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(couplings(), st.sampled_from(list(DTYPES)))
 def test_a_generated_coupling_comes_back_with_one_index(case, dtype):
     spec, shapes = case

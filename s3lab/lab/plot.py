@@ -281,9 +281,7 @@ def bars(
             ax.set_xticks(range(len(groups)), [str(g) for g in groups])
             ax.tick_params(axis="x", length=0)
             ax.margins(x=0.01, y=0.14)
-            if log:
-                ax.set_yscale("log")
-                ax.set_ylim(bottom=1)
+            ax.set(**({"yscale": "log", "ylim": (1, None)} if log else {}))
             ax.grid(True, axis="y")
         handles, labels = axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, ncols=len(labels), loc="outside upper center")

@@ -93,3 +93,9 @@ def test_an_interval_that_reaches_over_zero_is_hollow():
     (marks,) = (c for c in ax.collections if not isinstance(c, LineCollection))
     assert [luminance(tuple(colour[:3])) > 0.99 for colour in marks.get_facecolors()] == [False, True, False]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_ratios_stand_on_a_logarithmic_axis_from_one_on():
+    table = pd.DataFrame({"method": ["a", "b"], "text": ["one", "one"], "times": [1.5, 130.0]})
+    (ax,) = plot.bars(table, "method", "times", "text", log=True).axes
+    assert ax.get_yscale() == "log" and ax.get_ylim()[0] == 1 and ax.get_ylim()[1] > 130

@@ -41,7 +41,6 @@ NAMES = {
     "`up_proj`": "model.layers.3.mlp.up_proj",
     "`down_proj`": "model.layers.3.mlp.down_proj",
     "S-OBS": "sobs",
-    "ADMM, the default": "admm",
     "50 % a row": "50%/row",
     "rise": "rise_percent",
     "mean error of a matrix": "error_percent",

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from math import exp, fsum, log
 from pathlib import Path
 from textwrap import dedent
 
@@ -44,6 +45,23 @@ def write_speed() -> str:
     return "\n".join(lines)
 
 
+def write_variants() -> str:
+    """Return other ways to go about ADMM, their errors as multiples of its: geometric mean and largest, by layers."""
+    rows = read_results("admm_variants")
+    cases: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        cases.setdefault((row["layer"], row["seed"], row["pattern"]), {})[row["variant"]] = float(row["error"])
+    lines = ["| | ordinary layers | largest | odd layers | largest |", "|---|---:|---:|---:|---:|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "admm"):
+        cells: list[float] = []
+        for ordinary in (True, False):
+            own = [errors for case, errors in cases.items() if case[0].startswith("decay") is ordinary]
+            ratios = [errors[variant] / errors["admm"] for errors in own]
+            cells += [exp(fsum(map(log, ratios)) / len(ratios)), max(ratios)]
+        lines.append(f"| {variant} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def write_corrections() -> str:
     """Return what each correction changes, with its confidence interval, a column for each solver."""
     rows = read_results("compare_nm_patterns_gain")
@@ -61,7 +79,13 @@ def read_results(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-WRITERS = {"patterns": write_patterns, "grammar": write_rules, "speed": write_speed, "corrections": write_corrections}
+WRITERS = {
+    "patterns": write_patterns,
+    "grammar": write_rules,
+    "speed": write_speed,
+    "variants": write_variants,
+    "corrections": write_corrections,
+}
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

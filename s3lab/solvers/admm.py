@@ -54,8 +54,8 @@ class ADMM(Solver):
     max_steps
         iterations after which the support is taken as it is.
 
-    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 6 to 36
-    and 2 to 12 of them with "balanced" on generated layers.  Raises SolveError for options that cannot be.
+    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 11 to
+    57 and 4 to 19 of them with "balanced" on generated layers.  Raises SolveError for options that cannot be.
     Source: Boyd et al., *Distributed Optimization and Statistical Learning via ADMM*, 2011, section 9.1; with the fit
     at the end for pruning, Meng et al., *ALPS*, 2024.
 

@@ -98,8 +98,9 @@ class Refit:
 class _Outlook:
     """How far the loss can still fall: the Gauss-Radau bound on the error of conjugate gradients, row by row.
 
-    Needs a bound from below on the eigenvalues, which is what the damping adds, and takes no product.  A weight that
-    is e away from the best fit in the norm of H has an undamped loss whose root is at most e away from the best one's.
+    Needs a bound from below on the eigenvalues, which is what the damping adds, and takes no product.  Where the best
+    fit is e away in the norm of H, its damped loss is lower by e²; the root of what the damping adds to a loss, and
+    that of the undamped loss, are each at most e away from those of the best fit.
 
     Source: Golub and Meurant, *Matrices, Moments and Quadrature*, 1994; the recurrence, Meurant and Tichý, 2013.
     """
@@ -120,5 +121,7 @@ class _Outlook:
         """Whether the best fit loses too much for sure, by the weight and the preconditioned residual's square."""
         damped = self.problem.ridge * (self.problem.weight - W).square().sum()
         ahead = (self.reach * product).nan_to_num(0, inf).sum()
-        here, ahead = self.problem.team.sum(torch.stack([self.loss - damped, ahead])).tolist()
-        return sqrt(max(here, 0)) - sqrt(max(ahead, 0)) > sqrt(self.below) * (1 + 1e-3)
+        here = damped.new_tensor(self.loss) - damped
+        loss, damped, ahead = self.problem.team.sum(torch.stack([here, damped, ahead])).clamp(min=0).tolist()
+        least = max(loss - 2 * ahead - 2 * sqrt(damped * ahead), max(sqrt(loss) - sqrt(ahead), 0) ** 2)
+        return least > self.below * (1 + 1e-3)

@@ -32,6 +32,10 @@ class SolveError(S3Error):
     """
 
 
+class PatternError(SolveError):
+    """A pattern that a solver does not take, whatever the layer."""
+
+
 class DataError(S3Error):
     """Text, a model or a file that is not there or is not right.
 

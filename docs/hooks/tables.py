@@ -2,6 +2,7 @@
 
 import csv
 import re
+from math import exp, fsum, log
 from pathlib import Path
 from statistics import median
 from textwrap import dedent
@@ -45,6 +46,23 @@ def write_speed() -> str:
     for row in rows:
         error, unseen, time_s = (float(row[key]) for key in ("error", "error_test", "time_s"))
         lines.append(f"| `{row['method']}` | {row['M']} × {row['K']} | {error:.1%} | {unseen:.1%} | {time_s:.2f} |")
+    return "\n".join(lines)
+
+
+def write_variants() -> str:
+    """Return other ways to go about ADMM, their errors as multiples of its: geometric mean and largest, by layers."""
+    rows = read_results("admm_variants")
+    cases: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        cases.setdefault((row["layer"], row["seed"], row["pattern"]), {})[row["variant"]] = float(row["error"])
+    lines = ["| | ordinary layers | largest | odd layers | largest |", "|---|---:|---:|---:|---:|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "admm"):
+        cells: list[float] = []
+        for ordinary in (True, False):
+            own = [errors for case, errors in cases.items() if case[0].startswith("decay") is ordinary]
+            ratios = [errors[variant] / errors["admm"] for errors in own]
+            cells += [exp(fsum(map(log, ratios)) / len(ratios)), max(ratios)]
+        lines.append(f"| {variant} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -103,6 +121,7 @@ WRITERS = {
     "patterns": write_patterns,
     "grammar": write_rules,
     "speed": write_speed,
+    "variants": write_variants,
     "corrections": write_corrections,
     "costs": write_costs,
     "packing": write_packing,

@@ -128,7 +128,7 @@ def _prune(options: argparse.Namespace) -> int:
     from s3lab.tensors.team import assemble
 
     specs = _read_table(options.spec)
-    solvers = {glob: make_solver(name) for glob, name in _read_table(options.solver or ["admm"]).items()}
+    solvers = {glob: make_solver(name) for glob, name in _read_table(options.solver or ["best"]).items()}
     check_texts(specs)
     with (
         assemble(options.distributed, options.device) as (team, device),

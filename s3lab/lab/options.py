@@ -118,7 +118,7 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
         "--spec", action="append", required=True, metavar="SPEC", help="such as 2:4, or GLOB=SPEC, repeated"
     )
     prune.add_argument(
-        "--solver", action="append", metavar="NAME", help="sobs, sparsegpt, …, or GLOB=NAME (default: admm)"
+        "--solver", action="append", metavar="NAME", help="sobs, sparsegpt, …, or GLOB=NAME (default: best)"
     )
     prune.add_argument(
         "--calibration", type=path, default="stdlib", metavar="TEXT", help="stdlib, a text file, c4, or wikitext"

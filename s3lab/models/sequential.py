@@ -75,7 +75,7 @@ def prune_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     spec: Specs,
-    solver: str | Solver | Mapping[str, str | Solver] = "admm",
+    solver: str | Solver | Mapping[str, str | Solver] = "best",
     *,
     calibration: str | Path | Integer[Tensor, "N L"] = "stdlib",
     sequences: int = 128,

@@ -16,6 +16,7 @@ from s3lab.errors import SolveError
 from s3lab.shapes import Float
 from s3lab.solvers.admm import ADMM
 from s3lab.solvers.base import ALONE, Problems, ScoreSolver, Solution, Solver, conclude
+from s3lab.solvers.best import Best
 from s3lab.solvers.damping import climb, measure_held_out
 from s3lab.solvers.magnitude import Magnitude
 from s3lab.solvers.obd import OBD
@@ -31,7 +32,7 @@ from s3lab.tensors.problem import Problem, measure
 from s3lab.tensors.shard import over_rows
 from s3lab.tensors.team import Team, find_team
 
-SOLVERS: dict[str, type[Solver]] = {
+SOLVERS: dict[str, Callable[[], Solver]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "ria": RIA,
@@ -39,6 +40,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "sparsegpt": SparseGPT,
     "sobs": SOBS,
     "admm": ADMM,
+    "best": lambda: Best(ADMM(), (Wanda(), Magnitude(), RIA(), OBD(), SparseGPT())),
 }
 
 
@@ -58,7 +60,7 @@ def make_score(score: str | Solver | None) -> ScoreSolver | None:
     found = None if score is None else make_solver(score)
     if isinstance(found, ScoreSolver | None):
         return found
-    names = ", ".join(name for name, kind in SOLVERS.items() if issubclass(kind, ScoreSolver))
+    names = ", ".join(name for name in SOLVERS if isinstance(make_solver(name), ScoreSolver))
     raise SolveError(f"salient = {score!r} gives weights no score of their own: use one of {names}")
 
 
@@ -67,7 +69,7 @@ def prune(
     W: Float[Tensor, "M K"],
     spec: Pattern | str,
     H: Float[Tensor, "K K"] | None = None,
-    solver: str | Solver = "admm",
+    solver: str | Solver = "best",
     *,
     H_test: Float[Tensor, "K K"] | None = None,
     damp: float | Literal["auto"] = 1e-2,
@@ -81,7 +83,7 @@ def prune(
     W: Mapping[str, Tensor],
     spec: Pattern | str,
     H: Mapping[str, Tensor] | None = None,
-    solver: str | Solver = "admm",
+    solver: str | Solver = "best",
     *,
     H_test: Mapping[str, Tensor] | None = None,
     damp: float | Literal["auto"] = 1e-2,
@@ -94,7 +96,7 @@ def prune(
     W: Tensor | Mapping[str, Tensor],
     spec: Pattern | str,
     H: Tensor | Mapping[str, Tensor] | None = None,
-    solver: str | Solver = "admm",
+    solver: str | Solver = "best",
     *,
     H_test: Tensor | Mapping[str, Tensor] | None = None,
     damp: float | Literal["auto"] = 1e-2,
@@ -104,6 +106,9 @@ def prune(
     distributed: bool | Team = False,
 ) -> Solution | dict[str, Solution]:
     """Return the Solution of min tr (Ŵ−W)H(Ŵ−W)ᵀ over the Ŵ whose mask satisfies a spec, as a solver finds it.
+
+    The default is ADMM, unless the support of a score or of SparseGPT, with its exact weights, has a lower error: no
+    one of them, refitted, is ahead of it.
 
     W (M, K) in any real dtype, on any device, is not touched; H (K, K) is the second moment of its inputs, of
     `hessian`, which only ``"magnitude"`` can do without; H_test, of other tokens, adds the held-out error.  ``damp``

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from s3lab.algebra.coupled import CoupledPartition
+from s3lab.algebra.stage import Stage
 from s3lab.errors import SolveError
 from s3lab.solvers.base import Bound, Problems, Solver
+from s3lab.solvers.fields import find_pieces
 from s3lab.solvers.refit import Fit, Refit
 from s3lab.tensors.problem import Problem
 
@@ -22,6 +24,7 @@ _STILL = 1e-3  # of the mask: what changes at the end is of no account
 _PATIENCE = 3  # iterations of that in a row
 _TYPICAL = 6.0  # times the harmonic mean of H's eigenvalues, if below 1, is how much of ρ to start from
 _PROBES = 64
+_FIRM = 1e6  # times its score: what is held stays, but for others that are held
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,23 @@ class ADMM(Solver):
     Cholesky factor, and then raised; the loop ends when less than 1 of 1,000 weights changes sides three times in a
     row.  Of the pattern it uses the projection alone, and so takes any.
 
+    Of two inputs that repeat each other either will do, and the loop, which decides them at once and alike, would go
+    on taking both and dropping both.  So columns that another one nearly repeats take turns at random (seeded): with a
+    probability of ``inertia``·r⁴, r the correlation, what is kept of them stays for an iteration.
+
     effort
         "quick", "balanced" or "thorough": how slowly ρ grows.  Slower growth finds a better support.
     rho, growth, hold
         in place of those of the effort: the first ρ, its growth, and the iterations at one ρ.  The first ρ is for
         blocks of one column and inputs that do not repeat each other; it is raised for wider blocks, and lowered with
         the harmonic mean of H's eigenvalues.
+    inertia
+        from 0, the iteration as it is written above, up to, but not at, 1.
     max_steps
         iterations after which the support is taken as it is.
 
-    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 6 to 36
-    and 2 to 12 of them with "balanced" on generated layers.  Raises SolveError for options that cannot be.
+    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 11 to
+    57 and 4 to 19 of them with "balanced" on generated layers.  Raises SolveError for options that cannot be.
     Source: Boyd et al., *Distributed Optimization and Statistical Learning via ADMM*, 2011, section 9.1; with the fit
     at the end for pruning, Meng et al., *ALPS*, 2024.
 
@@ -60,6 +69,7 @@ class ADMM(Solver):
     rho: float | None = None
     growth: float | None = None
     hold: int | None = None
+    inertia: float = 0.5
     max_steps: int = 500
 
     def __post_init__(self) -> None:
@@ -68,6 +78,8 @@ class ADMM(Solver):
         rho, growth, hold = self._schedule
         if not (rho > 0 and growth > 1 and hold >= 1 and self.max_steps >= 1):
             raise SolveError(f"{self}: rho is above 0, growth above 1, hold and max_steps at least 1")
+        if not 0 <= self.inertia < 1:
+            raise SolveError(f"{self}: inertia is a probability from 0 to below 1, such as 0.5")
 
     @property
     def _schedule(self) -> tuple[float, float, int]:
@@ -75,7 +87,8 @@ class ADMM(Solver):
         return self.rho or rho, self.growth or growth, self.hold or hold
 
     def solve(self, problem: Problem, bound: Bound) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        masks, weights, stats = self._iterate([problem], lambda scores: [bound.project(scores[0])], [bound.width])
+        stage = bound if isinstance(bound, Stage) else Stage.of(bound.first_part, problem.weight)
+        masks, weights, stats = self._iterate([problem], lambda scores: [bound.project(scores[0])], [stage])
         return masks[0], weights[0], stats
 
     def solve_coupled(
@@ -87,16 +100,16 @@ class ADMM(Solver):
             masks.update(bound.project(dict(zip(problems, scores, strict=True))))
             return [masks[name] for name in problems]
 
-        widths = [bound.parts[name].width for name in problems]
-        _, weights, stats = self._iterate(list(problems.values()), project, widths)
+        stages = [Stage.of(bound.parts[name], problem.weight) for name, problem in problems.items()]
+        _, weights, stats = self._iterate(list(problems.values()), project, stages)
         return masks, dict(zip(problems, weights, strict=True)), stats
 
     def _iterate(
-        self, problems: list[Problem], project: Callable[[list[Tensor]], list[Tensor]], widths: list[int]
+        self, problems: list[Problem], project: Callable[[list[Tensor]], list[Tensor]], stages: list[Stage]
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
         """Run the loop on problems whose supports are decided together; masks, weights, and what there is to say."""
         rho, growth, hold = self._schedule
-        halves = [_Half(problem, rho, width) for problem, width in zip(problems, widths, strict=True)]
+        halves = [_Half(problem, rho, stage, self.inertia) for problem, stage in zip(problems, stages, strict=True)]
         team = problems[0].team
         allowed = _STILL * team.total(sum(half.D.numel() for half in halves))
         masks, changes, still, step = [torch.ones_like(half.D, dtype=torch.bool) for half in halves], 0, 0, 0
@@ -126,18 +139,25 @@ class _Half:
     """One problem's part of the loop, in units of unit diagonal: what is pulled towards H, and towards the pattern.
 
     ``D`` is the copy on the pattern, ``U`` the scaled dual V/ρ, and ``sum`` what D is projected from, Ŵ + U.
+    ``pieces`` numbers the columns, those alike that blocks take together, and ``grip`` says how likely each piece is
+    to stay as it is for an iteration.
     """
 
-    def __init__(self, problem: Problem, rho: float, width: int) -> None:
+    def __init__(self, problem: Problem, rho: float, stage: Stage, inertia: float) -> None:
         self.problem = problem
         self.unit = problem.hessian.diagonal().sqrt()
         self.H = problem.hessian / self.unit / self.unit[:, None]
         self.D = problem.weight * self.unit
         self.U = torch.zeros_like(self.D)
         self.goal = self.D @ self.H
+        self.kept = torch.zeros_like(self.D, dtype=torch.bool)
+        self.pieces = find_pieces(stage)
+        repeats = self.H.abs().masked_fill_(self.pieces == self.pieces[:, None], 0).amax(0)
+        self.grip = repeats.new_zeros(len(repeats)).scatter_reduce_(0, self.pieces, inertia * repeats**4, "amax").cpu()
+        self.random = torch.Generator().manual_seed(0)
         # where inputs nearly repeat each other, most directions of H are flat, and ρ must not hide what they say; wide
-        # blocks see less of them; both powers of the width save iterations, at a price that docs/solvers.md tells
-        self._hold(rho * width**0.5 * min(1.0, _TYPICAL * width**0.25 * self._estimate_harmonic()))
+        # blocks take a little more of it in fewer iterations
+        self._hold(rho * stage.width**0.25 * min(1.0, _TYPICAL * self._estimate_harmonic()))
 
     def _estimate_harmonic(self) -> float:
         """The harmonic mean of H's eigenvalues, by the trace of its inverse (Hutchinson, 1990)."""
@@ -157,14 +177,16 @@ class _Half:
         self.U /= growth
 
     def advance(self) -> Tensor:
-        """Solve for Ŵ and return the squares that the pattern is chosen by."""
+        """Solve for Ŵ and return the scores that the pattern is chosen by: squares, and more for what is held."""
         pull = torch.sub(self.D, self.U).mul_(self.rho).add_(self.goal)
         half = solve_triangular(self.factor, pull.T, upper=False)  # cholesky_solve would copy the factor each time
         self.sum = solve_triangular(self.factor.mT, half, upper=True).T.add_(self.U)
-        return self.sum.square()
+        held = (torch.rand(len(self.grip), generator=self.random) < self.grip).to(self.kept.device)[self.pieces]
+        return self.sum.square().mul_(1 + (_FIRM - 1) * (self.kept & held))
 
     def split(self, mask: Tensor) -> None:
         """Let D be the sum on the support, and the scaled dual U + Ŵ − D, which is the sum off it."""
+        self.kept = mask
         self.U = self.sum * ~mask
         self.D = self.sum.mul_(mask)
 

@@ -113,6 +113,21 @@ class Field:
 
 def find_groups(stage: Stage) -> tuple[Tensor, Tensor]:
     """Return the block of each weight, int (M, K), and the group of each row, (M,), numbered by their first rows."""
+    blocks = _number_blocks(stage)
+    return blocks, _number_rows(blocks)
+
+
+def find_pieces(stage: Stage) -> Tensor:
+    """Return a number for each column, (K,), the same for those that every block of a stage takes together.
+
+    >>> from s3lab import parse
+    >>> find_pieces(Stage.of(parse("1:2@1x2").bind((2, 8)), torch.ones(1))).tolist()
+    [0, 0, 1, 1, 2, 2, 3, 3]
+    """
+    return _number_rows(_number_blocks(stage).T)
+
+
+def _number_blocks(stage: Stage) -> Tensor:
     M, K = stage.shape
     there = stage.offsets >= 0
     numbers = torch.arange(stage.S * stage.B, dtype=torch.int32, device=there.device).view(stage.S, stage.B, 1)
@@ -121,7 +136,7 @@ def find_groups(stage: Stage) -> tuple[Tensor, Tensor]:
     blocks = blocks.view(M, K)
     if stage.pruned is not None:
         blocks.masked_fill_(stage.pruned, _TAKEN)
-    return blocks, _number_rows(blocks)
+    return blocks
 
 
 def _number_rows(blocks: Tensor) -> Tensor:

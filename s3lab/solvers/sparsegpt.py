@@ -13,7 +13,7 @@ from torch.linalg import solve_triangular
 
 from s3lab.algebra.choose import keep_highest
 from s3lab.algebra.stage import Stage
-from s3lab.errors import SolveError
+from s3lab.errors import PatternError, SolveError
 from s3lab.solvers import kernels
 from s3lab.solvers.base import Bound, Solver, decide_rounds
 from s3lab.tensors.incidence import arrange, link, share, tabulate
@@ -235,14 +235,14 @@ def _place_columns(stage: Stage) -> Tensor:
 def _group_columns(stage: Stage, columns: Tensor, width: int) -> tuple[Tensor, bool]:
     """Return the group of each column (K,), and whether scopes link them, or blocks alone where that is too wide.
 
-    Raises SolveError where scopes are too wide and cannot be decided in parts.
+    Raises PatternError where scopes are too wide and cannot be decided in parts.
     """
     K = stage.shape[1]
     group = link(_neighbours(columns.view(stage.S, -1), K), K)
     if int(group.bincount().max()) <= width:
         return group, True
     if stage.lines is not None:
-        raise SolveError(
+        raise PatternError(
             f"{stage.text} has scopes of more than {width} columns, which SparseGPT decides in parts, and what is "
             "kept each way has none: give a larger width"
         )

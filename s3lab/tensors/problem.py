@@ -149,6 +149,19 @@ class Problem:
             lower = torch.linalg.cholesky(self._damped(damp).index_select(0, turned).index_select(1, turned))
         return lower.to(self.dtype).flip(0, 1)
 
+    @cached_property
+    def ridge(self) -> float:
+        """What the damping adds to the diagonal: no eigenvalue of the damped H is below it."""
+        live = self.power[~self.dead]
+        return self.damping * float(live.double().mean()) if len(live) else self.damping
+
+    def loss(self, weight: Float[Tensor, "M K"], mask: Bool[Tensor, "M K"]) -> float:
+        """Return tr (Ŵ−W)H(Ŵ−W)ᵀ with H undamped, over the rows of all the team, of a weight in the working dtype as
+        it is once it is given back: rounded, and zero outside the mask."""
+        apart = shift(self.restore(weight, mask).double() - self.W.detach().double(), -self.units.W)
+        moment = shift(self.moment.double(), -self.units.H)
+        return float(self.team.sum(((apart @ moment) * apart).sum()))
+
     def error(self, W_hat: Float[Tensor, "M K"]) -> float:
         """Return the relative output error on H, undamped."""
         return output_error(W_hat, self.W, self.moment)

@@ -87,6 +87,7 @@ def test_options_that_cannot_be():
         lambda: s3.SOBS(rows=0),
         lambda: s3.SparseGPT(width=0),
         lambda: s3.Refit(max_steps=0),
+        lambda: s3.Best(s3.ADMM(), ("wanda",)),
         lambda: s3.Refit(tolerance=-1.0),
         lambda: s3.prune(W, "2:4", H, damp=-1.0),
         lambda: s3.prune(W, "2:4", H, damp=float("nan")),

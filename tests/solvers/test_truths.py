@@ -173,8 +173,8 @@ def test_no_solver_beats_the_brute_force_optimum(text, seed):
 
 
 def test_what_fits_its_weights_is_near_the_brute_force_optimum():
-    """Times its loss, in the geometric mean: 1.1 for ADMM, 1.25 for S-OBS, 1.5 for SparseGPT and a fit."""
-    ratios = {"admm": [], "sobs": [], "sparsegpt": []}
+    """Times its loss, in the mean: 1.1 for the best, 1.15 for ADMM, 1.25 for S-OBS, 1.5 for SparseGPT and a fit."""
+    ratios = {"best": [], "admm": [], "sobs": [], "sparsegpt": []}
     for text, seed in product(["2:4", "1:4", "1:2@2x2", "2:4@1x2", "50% columns"], SEEDS):
         W, H = small(2, 8, seed)
         best = min(loss(best_fit(W, damped(H), mask), W, damped(H)) for mask in all_masks(s3.parse(text).bind((2, 8))))
@@ -182,8 +182,8 @@ def test_what_fits_its_weights_is_near_the_brute_force_optimum():
             weight = s3.prune(W, text, H, solver=name, refit=name == "sparsegpt").weight
             found.append(log(loss(weight, W, damped(H)) / best))
     mean = {name: exp(sum(found) / len(found)) for name, found in ratios.items()}
-    assert mean["admm"] <= 1.1 and mean["sobs"] <= 1.25 and mean["sparsegpt"] <= 1.5
-    assert mean["admm"] < mean["sobs"] < mean["sparsegpt"]
+    assert mean["best"] <= 1.1 and mean["admm"] <= 1.15 and mean["sobs"] <= 1.25 and mean["sparsegpt"] <= 1.5
+    assert mean["best"] < mean["admm"] < mean["sobs"] < mean["sparsegpt"]
 
 
 @pytest.mark.parametrize("text", ["1:4", "50%/row", "1:2@2x4"])

@@ -23,11 +23,11 @@ import torch
 
 import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.inputs import compare_inputs, find_gains
-from s3lab.lab.record import device_name
-from s3lab.models import corpus
-from s3lab.models.calibrate import Learning
-from s3lab.models.reference import load_reference, perplexity
+from s3lab.lab.run.record import device_name
+from s3lab.lab.study.inputs import compare_inputs, find_gains
+from s3lab.models.inputs.calibrate import Learning
+from s3lab.models.text import corpus
+from s3lab.models.text.reference import load_reference, perplexity
 
 RESULTS = Path(__file__).parent / "results" / "compare_activations.csv"
 PATTERNS = ["2:4", "4:8", "8:16", "16:32", "50%/row"]

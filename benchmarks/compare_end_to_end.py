@@ -17,9 +17,9 @@ import torch
 
 import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.record import device_name
-from s3lab.models import corpus
-from s3lab.models.reference import load_reference, perplexity
+from s3lab.lab.run.record import device_name
+from s3lab.models.text import corpus
+from s3lab.models.text.reference import load_reference, perplexity
 
 RESULTS = Path(__file__).parent / "results" / "compare_end_to_end.csv"
 SETTINGS = {

@@ -22,11 +22,11 @@ import torch
 
 import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.corrections import CORRECTIONS, Comparison
-from s3lab.lab.record import device_name
-from s3lab.models import corpus
-from s3lab.models.finetune import Schedule
-from s3lab.models.reference import REFERENCE_DIR, load_reference
+from s3lab.lab.run.record import device_name
+from s3lab.lab.study.corrections import CORRECTIONS, Comparison
+from s3lab.models.correct.finetune import Schedule
+from s3lab.models.text import corpus
+from s3lab.models.text.reference import REFERENCE_DIR, load_reference
 
 RESULTS = Path(__file__).parent / "results" / "compare_nm_patterns.csv"
 KEYS = ["seed", "pattern", "solver", "correction"]

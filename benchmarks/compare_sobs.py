@@ -21,8 +21,8 @@ import torch
 from torch.nn import Parameter
 
 import s3lab as s3
-from s3lab.lab.record import device_name
-from s3lab.models.layers import generate_layer
+from s3lab.lab.run.record import device_name
+from s3lab.models.measure.layers import generate_layer
 from s3lab.tensors.meter import Meter
 
 RESULTS = Path(__file__).parent / "results" / "compare_sobs.csv"

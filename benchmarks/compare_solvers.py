@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 import s3lab as s3
 from s3lab.files import write
-from s3lab.lab import bench
-from s3lab.lab.record import device_name
-from s3lab.models import corpus
-from s3lab.models.layers import Layer, generate_layer, layers_of_model
-from s3lab.models.reference import load_reference
+from s3lab.lab.run.record import device_name
+from s3lab.lab.study import bench
+from s3lab.models.measure.layers import Layer, generate_layer, layers_of_model
+from s3lab.models.text import corpus
+from s3lab.models.text.reference import load_reference
 
 RESULTS = Path(__file__).parent / "results"
 PATTERNS = ["2:4", "2:4@1x2", "coupled-2:4", "block16", "8:16", "50%/row"]

@@ -70,7 +70,7 @@ TESTS = {
     ],
     "s3lab/solvers/variance.py": ["solvers/test_variance.py", REFUSALS],
     "s3lab/solvers/wanda.py": SCORES,
-    "s3lab/models/equalise.py": ["models/test_equalise.py"],
+    "s3lab/models/correct/equalise.py": ["models/test_equalise.py"],
 }
 SETTINGS = """
 [tool.mutmut]

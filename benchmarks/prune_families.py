@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import s3lab as s3
-from s3lab.models.checkpoint import save_pruned
+from s3lab.models.storage.checkpoint import save_pruned
 
 RESULTS = Path(__file__).parent / "results" / "prune_families.csv"
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_attention_heads": 4}

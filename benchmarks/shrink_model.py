@@ -23,11 +23,11 @@ from transformers import PreTrainedModel
 
 import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.record import device_name
-from s3lab.models import corpus
-from s3lab.models.checkpoint import save_pruned
-from s3lab.models.reference import load_reference, perplexity
-from s3lab.models.shrink import shrink
+from s3lab.lab.run.record import device_name
+from s3lab.models.prune.shrink import shrink
+from s3lab.models.storage.checkpoint import save_pruned
+from s3lab.models.text import corpus
+from s3lab.models.text.reference import load_reference, perplexity
 
 RESULTS = Path(__file__).parent / "results" / "shrink_model.csv"
 

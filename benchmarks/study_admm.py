@@ -24,7 +24,7 @@ from torch import Tensor
 import s3lab as s3
 from s3lab.algebra.stage import Stage
 from s3lab.files import write
-from s3lab.models.layers import Layer, generate_layer
+from s3lab.models.measure.layers import Layer, generate_layer
 from s3lab.solvers import admm
 from s3lab.solvers.fields import find_pieces
 from s3lab.solvers.refit import Fit, Refit
@@ -37,7 +37,7 @@ WIDTHS = {1: "2:4", 2: "2:4@1x2", 4: "2:4@1x4", 8: "2:4@1x8", 16: "2:4@1x16"}
 FACTORS = [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8]
 
 
-class _Unscaled(admm._Half):
+class _Unscaled(admm._State):
     """Keeps V/ρ as it is while ρ grows, and so lets the dual V grow with it."""
 
     def raise_rho(self, growth: float) -> None:
@@ -48,12 +48,12 @@ def study_dual(layer: Layer) -> Iterator[dict[str, Any]]:
     """Return the errors of each pattern with and without the rescaling."""
     for pattern, effort in product(PATTERNS, ("quick", "balanced", "thorough")):
         row: dict[str, Any] = {"pattern": pattern, "effort": effort}
-        for name, half in (("rescaled", admm._Half), ("unscaled", _Unscaled)):
-            before, admm._Half = admm._Half, half
+        for name, state in (("rescaled", admm._State), ("unscaled", _Unscaled)):
+            before, admm._State = admm._State, state
             try:
                 found = s3.prune(layer.W, pattern, layer.H, s3.ADMM(effort=effort), H_test=layer.H_test)
             finally:
-                admm._Half = before
+                admm._State = before
             row |= {name: found.error, f"{name}_test": found.error_test, f"{name}_steps": found.stats["steps"]}
         yield row
 
@@ -70,7 +70,7 @@ def study_rho(layer: Layer) -> Iterator[dict[str, Any]]:
         }
 
 
-class _BlockUnits(admm._Half):
+class _BlockUnits(admm._State):
     """In units where the blocks on H's diagonal are the identity, not its elements alone."""
 
     def __init__(self, problem: Problem, rho: float, stage: Stage, inertia: float) -> None:
@@ -85,7 +85,7 @@ class _BlockUnits(admm._Half):
         return Refit()(self.whole, mask, start=(self.D / self.unit).double() @ self.back)
 
 
-class _ByCost(admm._Half):
+class _ByCost(admm._State):
     """Chooses blocks by what dropping them costs, w_P (C_PP)⁻¹ w_Pᵀ with C = (H + ρI)⁻¹."""
 
     def advance(self) -> Tensor:
@@ -98,7 +98,7 @@ class _Both(_ByCost, _BlockUnits):
     """By cost, in block units."""
 
 
-class _Relaxed(admm._Half):
+class _Relaxed(admm._State):
     """Over-relaxed: 1.6 Ŵ − 0.6 D in place of Ŵ."""
 
     def advance(self) -> Tensor:
@@ -107,7 +107,7 @@ class _Relaxed(admm._Half):
         return scores + self.sum.square() - before
 
 
-class _Started(admm._Half):
+class _Started(admm._State):
     """Starts from SparseGPT's support."""
 
     def __init__(self, problem: Problem, rho: float, stage: Stage, inertia: float) -> None:
@@ -116,7 +116,7 @@ class _Started(admm._Half):
         self.D = self.D * self.kept
 
 
-class _HalfDual(admm._Half):
+class _HalfDual(admm._State):
     """Takes half a step in the dual."""
 
     def split(self, mask: Tensor) -> None:
@@ -125,7 +125,7 @@ class _HalfDual(admm._Half):
         self.U = U
 
 
-class _WideRho(admm._Half):
+class _WideRho(admm._State):
     """Raises the first ρ by the root of the width, not by its fourth root."""
 
     def __init__(self, problem: Problem, rho: float, stage: Stage, inertia: float) -> None:
@@ -133,9 +133,9 @@ class _WideRho(admm._Half):
 
 
 VARIANTS = {
-    "admm": (admm._Half, 0.5),
-    "no turns": (admm._Half, 0.0),
-    "longer turns": (admm._Half, 0.9),
+    "admm": (admm._State, 0.5),
+    "no turns": (admm._State, 0.0),
+    "longer turns": (admm._State, 0.9),
     "first ρ by the root of the width": (_WideRho, 0.5),
     "block units": (_BlockUnits, 0.5),
     "by cost": (_ByCost, 0.5),
@@ -173,12 +173,12 @@ def study_variants() -> Iterator[dict[str, Any]]:
     for (layer, seed, W, H), pattern in product(problems, ODD_PATTERNS):
         row = {"layer": layer, "seed": seed, "pattern": pattern}
         yield row | {"variant": "sobs", "error": s3.prune(W, pattern, H, "sobs").error}
-        for name, (half, inertia) in VARIANTS.items():
-            before, admm._Half = admm._Half, half
+        for name, (state, inertia) in VARIANTS.items():
+            before, admm._State = admm._State, state
             try:
                 found = s3.prune(W, pattern, H, s3.ADMM(inertia=inertia))
             finally:
-                admm._Half = before
+                admm._State = before
             yield row | {"variant": name, "error": found.error, "steps": found.stats["steps"]}
 
 

@@ -30,8 +30,8 @@ from torch.nn.functional import linear
 import s3lab as s3
 from s3lab.algebra.partition import Partition
 from s3lab.files import write
-from s3lab.lab.record import device_name
-from s3lab.models.pretrained import load_model
+from s3lab.lab.run.record import device_name
+from s3lab.models.text.pretrained import load_model
 from s3lab.packing.codec import ALONE, Packed, bind, pack
 from s3lab.packing.decode import multiply, tell
 from s3lab.packing.hardware import find_tile, to_bsr

@@ -26,12 +26,13 @@ import pandas as pd
 import torch
 
 from s3lab.files import write
-from s3lab.lab.record import commit, device_name
-from s3lab.models import corpus, layerwise
-from s3lab.models.decoder import find_decoder
-from s3lab.models.pretrained import load_model
-from s3lab.models.rundir import RunDir
-from s3lab.models.sequential import prune_model
+from s3lab.lab.run.record import commit, device_name
+from s3lab.models.prune import layerwise
+from s3lab.models.prune.rundir import RunDir
+from s3lab.models.prune.sequential import prune_model
+from s3lab.models.structure.decoder import find_decoder
+from s3lab.models.text import corpus
+from s3lab.models.text.pretrained import load_model
 from s3lab.tensors.hessian import Moment
 
 RESULTS = Path(__file__).parent / "results" / "time_pruning.csv"

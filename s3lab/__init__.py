@@ -7,10 +7,10 @@ from s3lab.algebra.partition import Partition
 from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.algebra.spec import Block, Pattern, Scope, Spec, View
 from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
-from s3lab.models.activations import Activation
-from s3lab.models.calibrate import sparsify
-from s3lab.models.quantizer import install as _install
-from s3lab.models.sequential import prune_model
+from s3lab.models.inputs.activations import Activation
+from s3lab.models.inputs.calibrate import sparsify
+from s3lab.models.prune.sequential import prune_model
+from s3lab.models.storage.quantizer import install as _install
 from s3lab.solvers import (
     ADMM,
     OBD,
@@ -30,6 +30,7 @@ from s3lab.solvers import (
 from s3lab.tensors.hessian import Moment, hessian, output_error
 from s3lab.tensors.problem import Problem
 from s3lab.training import METHODS, S2FT, SPP, SRSTE, STE, Fixed, Gradual, Proximal, RigL, Sparsity, densify, sparse
+from s3lab.version import __version__ as __version__
 
 __all__ = [
     "ADMM",
@@ -85,6 +86,5 @@ __all__ = [
     "sparse",
     "sparsify",
 ]
-__version__ = "0.1.0"
 
 _install()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,12 @@ def write(path: Path, data: bytes) -> None:
     """Write ``data`` to a file, whole or not at all; the folder is made if it is missing."""
     with replacing(path) as part:
         part.write_bytes(data)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def settle(path: Path) -> None:

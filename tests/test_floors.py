@@ -2,20 +2,26 @@
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "s3lab"
-GROUND = {"errors", "files", "folder", "globs", "markup", "shapes"}
+GROUND = {"errors", "files", "folder", "version", "wildcards", "markup", "shapes"}
 FLOORS = ("algebra", "tensors", "solvers", "packing", "training", "models", "lab")
+GROUPS = {
+    "models": ("text", "structure", "prune", "correct", "inputs", "measure", "storage"),
+    "lab": ("draw", "run", "study", "explore"),
+}
+MOST_FILES = 18  # of one folder
 FILES = sorted(PACKAGE.rglob("*.py"))
 SHARED_BY_SOLVERS = {"base", "refit", "elimination", "fields", "kernels"}
 LIGHT = {"torch", "numpy", "s3lab"}
 
 
-def imported(path: Path, top_level_only: bool = False) -> set[str]:
-    """Dotted names of the modules that a file imports; those for type checkers aside."""
+def imported(path: Path, top_level_only: bool = False, typing_too: bool = False) -> set[str]:
+    """Dotted names of the modules that a file imports, those for type checkers on request."""
     tree = ast.parse(path.read_text())
     typing_only = {
         id(node)
@@ -27,7 +33,7 @@ def imported(path: Path, top_level_only: bool = False) -> set[str]:
     nodes = tree.body if top_level_only else ast.walk(tree)
     names: set[str] = set()
     for node in nodes:
-        if id(node) in typing_only:
+        if id(node) in typing_only and not typing_too:
             continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -72,6 +78,36 @@ def test_the_algebra_knows_no_tensor_library():
     for path in FILES:
         if home(path) == "algebra":
             assert {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) <= {"s3lab"}
+
+
+@each([path for path in FILES if home(path) in GROUPS])
+def test_a_group_imports_only_from_those_before_it(path):
+    floor, *below = path.relative_to(PACKAGE).with_suffix("").parts
+    groups = GROUPS[floor]
+    if below[0] in groups:
+        allowed = set(groups[: groups.index(below[0]) + 1])
+        inside = {name.split(".")[2] for name in imported(path) if name.startswith(f"s3lab.{floor}.")}
+        assert inside <= allowed
+
+
+def test_no_files_import_each_other_in_a_circle_not_even_for_their_types():
+    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
+    graph = {}
+    for module, path in modules.items():
+        names = imported(path, typing_too=True)
+        graph[module] = {found for found in modules if found != module and (found in names or below(found, names))}
+    TopologicalSorter(graph).prepare()  # raises CycleError, naming the files
+
+
+def below(module: str, names: set[str]) -> bool:
+    """Whether a name is of this module: ``s3lab.algebra.text.parse`` is of ``s3lab.algebra.text``."""
+    return any(name.rpartition(".")[0] == module for name in names)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.name)
+def test_a_folder_says_what_it_is_for_and_is_no_crowd(folder):
+    assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert len(list(folder.glob("*.py"))) <= MOST_FILES
 
 
 def test_solvers_never_import_each_other():

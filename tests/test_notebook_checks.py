@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import s3lab as s3
-from s3lab.lab import checks, record
+from s3lab.lab.run import record
+from s3lab.lab.study import checks
 
 ROOT = Path(__file__).parents[1]
 Names = dict[str, Any]

@@ -11,7 +11,7 @@ import torch
 
 from s3lab.algebra import text as language
 from s3lab.algebra.patterns import PATTERNS, parse
-from s3lab.lab.gallery import GALLERY
+from s3lab.lab.draw.gallery import GALLERY
 from s3lab.packing.codec import pack
 
 ROOT = Path(__file__).parents[2]

@@ -141,7 +141,7 @@ class Nested(Composed):
 
     def resolve(self, decide: Decide, worth: Tensor) -> Tensor:
         """Return the mask (M, K) of the blocks that ``decide`` keeps, of the first part and then of the second."""
-        survivors = self._survivors(decide(Stage.of(self.first, worth)))
+        survivors = self._survivors(decide(self.first.stage(worth)))
 
         def decide_inside(stage: Stage) -> Tensor:
             return decide(stage.within(survivors, self.shape, f"{self.text} on {self.shape}"))
@@ -178,7 +178,7 @@ class Nested(Composed):
         part = self.first
         blocks = part.choose(kept.float()).float().sort(dim=1, descending=True, stable=True).indices[:, : part.keep]
         blocks = blocks.sort(dim=1).values
-        offsets = Stage.of(part, kept).offsets
+        offsets = part.stage(kept).offsets
         chosen = offsets.gather(1, blocks.unsqueeze(-1).expand(*blocks.shape, part.E))
         (scope_rows, scope_columns), (_, columns), (rows, width) = (
             tuple(mode.size for mode in mode) for mode in part.layout

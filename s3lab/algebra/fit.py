@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import log10
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from s3lab.algebra import picture
 from s3lab.algebra.count import COUNTED_SIDE
@@ -12,14 +12,38 @@ from s3lab.algebra.partition import Partition
 from s3lab.errors import ShapeError, SpecError
 from s3lab.markup import caption
 
-if TYPE_CHECKING:
-    from s3lab.algebra.compose import Bound
-    from s3lab.algebra.spec import Pattern
+
+class Bindable(Protocol):
+    """A pattern, as far as it is asked here."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    def bind(self, shape: Any) -> Any: ...
+
+
+class Bound(Protocol):
+    """A pattern on the shape of one weight, as far as it is asked here."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def first_part(self) -> Partition: ...
+    @property
+    def density(self) -> float: ...
+    @property
+    def storage_bits(self) -> float: ...
+    @property
+    def bitmask_bits(self) -> float: ...
+    @property
+    def mask_count(self) -> int: ...
+
 
 SHAPES = ((8, 16), (8, 32), (16, 16), (16, 32), (32, 32), (64, 64), (128, 128), (256, 256))
 
 
-def fit(pattern: Pattern) -> Any:
+def fit(pattern: Bindable) -> Any:
     """Return a pattern bound to the smallest of some shapes (M, K), for several weights (K, K) by name, that it fits.
 
     Raises SpecError where it fits none.
@@ -66,7 +90,7 @@ def _count(bound: Bound | CoupledPartition, part: Partition | CoupledPartition) 
     return f"about 10^{int(log10(bound.mask_count))} masks"
 
 
-def show(pattern: Pattern) -> str | None:
+def show(pattern: Bindable) -> str | None:
     """Return a pattern as HTML, drawn on a small weight with a random mask; None where it fits no small weight.
 
     Of a composed pattern the first part is drawn, whole, and of a coupled one the part in each weight.

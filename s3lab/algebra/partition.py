@@ -137,7 +137,14 @@ class Partition:
 
         ``worth`` (M, K) is what a pattern with salient blocks picks them by; here it only tells the device.
         """
-        return Stage.of(self, worth).resolve(decide, worth)
+        return self.stage(worth).resolve(decide, worth)
+
+    def stage(self, like: Tensor) -> Stage:
+        """Return the one round that decides all of it, on the device of a tensor."""
+        M, K = self.shape
+        numbers = like.new_ones(M * K).long().cumsum(0).sub_(1).view(M, K)
+        goes = numbers.new_full((self.S,), self.B - self.keep)
+        return Stage(self.text, self.shape, self.blocks(numbers).contiguous(), goes, self.lines)
 
     def project(self, scores: Tensor) -> Tensor:
         """Return the mask (M, K), True = kept, of the blocks with the highest sums of element scores (M, K)."""

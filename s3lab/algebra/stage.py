@@ -15,8 +15,6 @@ from s3lab.algebra.lines import choose_lines
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from s3lab.algebra.partition import Partition
-
 Decide = Callable[["Stage"], "Tensor"]
 
 
@@ -36,14 +34,6 @@ class Stage:
     goes: Tensor
     lines: int | None = None
     pruned: Tensor | None = None
-
-    @classmethod
-    def of(cls, part: Partition, like: Tensor) -> Stage:
-        """Return the round that decides all of a partition, on the device of a tensor."""
-        M, K = part.shape
-        numbers = like.new_ones(M * K).long().cumsum(0).sub_(1).view(M, K)
-        goes = numbers.new_full((part.S,), part.B - part.keep)
-        return cls(part.text, part.shape, part.blocks(numbers).contiguous(), goes, part.lines)
 
     @property
     def S(self) -> int:

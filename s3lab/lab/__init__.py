@@ -1,1 +1,6 @@
-"""What people look at: figures, their records, and the command line that makes them again."""
+"""What people look at.
+
+`draw` turns tables and patterns into pictures; `run` runs notebooks and keeps their records; `study` computes the
+tables of notebooks; `explore` has the widgets; the command line is `cli`, on top.  A group imports only from those
+named before it.
+"""

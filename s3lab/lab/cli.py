@@ -58,7 +58,7 @@ def _show(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from s3lab.algebra.patterns import parse
-    from s3lab.lab import terminal
+    from s3lab.lab.draw import terminal
 
     # Where the output goes to a file, or to another program, nothing is cut.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _WIDE)
@@ -82,16 +82,16 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from s3lab.lab import host
+    from s3lab.lab import installation
 
-    findings = host.check()
-    print(host.report(findings))
-    return int(not host.works(findings))
+    findings = installation.check()
+    print(installation.report(findings))
+    return int(not installation.works(findings))
 
 
 def _reproduce(options: argparse.Namespace) -> int:
     _need("papermill", "matplotlib", "pandas", *(["distributed"] if options.dask else []))
-    from s3lab.lab.reproduce import reproduce, summarise
+    from s3lab.lab.run.reproduce import reproduce, summarise
 
     name = Path(options.profile).stem
     out = options.out or ("figures" if name == "quick" else f"figures/{name}")
@@ -111,7 +111,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 def _fetch(options: argparse.Namespace) -> int:
     _need("transformers", "gguf")
-    from s3lab.models.fetch import describe, fetch
+    from s3lab.models.text.fetch import describe, fetch
 
     print(describe(fetch(options.model, options.cache, log=print)))
     return 0
@@ -120,20 +120,20 @@ def _fetch(options: argparse.Namespace) -> int:
 def _prune(options: argparse.Namespace) -> int:
     _need("transformers", "tqdm")
     from s3lab.folder import claim
-    from s3lab.models.checkpoint import save_pruned
-    from s3lab.models.jobs import check_texts
-    from s3lab.models.pretrained import load_model
-    from s3lab.models.sequential import prune_model
+    from s3lab.models.prune.jobs import check_texts
+    from s3lab.models.prune.sequential import prune_model
+    from s3lab.models.storage.checkpoint import save_pruned
+    from s3lab.models.text.pretrained import load_model
     from s3lab.solvers import make_solver
-    from s3lab.tensors.team import assemble
+    from s3lab.tensors.processes import assemble
 
     specs = _read_table(options.spec)
     solvers = {glob: make_solver(name) for glob, name in _read_table(options.solver or ["best"]).items()}
     check_texts(specs)
     with (
-        assemble(options.distributed, options.device) as (team, device),
-        team.united(),
-        claim(options.out if team.rank == 0 else None, options.force),
+        assemble(options.distributed, options.device) as (processes, device),
+        processes.united(),
+        claim(options.out if processes.rank == 0 else None, options.force),
     ):
         model, tokenizer = load_model(options.model, options.dtype)
         run = prune_model(
@@ -155,9 +155,9 @@ def _prune(options: argparse.Namespace) -> int:
             device=device,
             out=Path(options.out) / "run",
             provenance={"model": options.model, "text": options.calibration},
-            distributed=team,
+            distributed=processes,
         )
-        if team.rank > 0:
+        if processes.rank > 0:
             return 0
         save_pruned(model, tokenizer, options.out, run)
     errors = [row["error"] for row in run.matrices if row["error"] is not None]
@@ -168,9 +168,9 @@ def _prune(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     _need("transformers", *(["lm_eval"] if options.tasks else []))
-    from s3lab.models.corpus import read
-    from s3lab.models.evaluate import evaluate, evaluate_lm_eval
-    from s3lab.models.pretrained import load_model
+    from s3lab.models.measure.evaluate import evaluate, evaluate_lm_eval
+    from s3lab.models.text.corpus import read
+    from s3lab.models.text.pretrained import load_model
 
     model, tokenizer = load_model(options.model, options.dtype, options.device)
     documents = list(islice(read("test", options.text, options.seed), options.documents))
@@ -186,7 +186,7 @@ def _eval(options: argparse.Namespace) -> int:
 def _pack(options: argparse.Namespace) -> int:
     _need("safetensors")
     from s3lab.folder import claim
-    from s3lab.models.packed import pack_model
+    from s3lab.models.storage.packed import pack_model
     from s3lab.packing.weigh import summarise, weigh
 
     with claim(options.out, options.force):
@@ -200,7 +200,7 @@ def _pack(options: argparse.Namespace) -> int:
 def _unpack(options: argparse.Namespace) -> int:
     _need("safetensors")
     from s3lab.folder import claim
-    from s3lab.models.packed import unpack_model
+    from s3lab.models.storage.packed import unpack_model
 
     with claim(options.out, options.force):
         unpack_model(options.model, options.out)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from s3lab import __version__
 from s3lab.errors import DataError
 from s3lab.lab import usage
 from s3lab.lab.arguments import DTYPES, count, damping, device, path, seed, share
-from s3lab.models.fetchable import FETCHABLE
+from s3lab.models.text.fetchable import FETCHABLE
+from s3lab.version import __version__
 
 Command = Callable[[argparse.Namespace], int]
 

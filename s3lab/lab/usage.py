@@ -1,6 +1,6 @@
 """What the command line says of itself: a text for each command, and its examples."""
 
-from s3lab.models.fetchable import FETCHABLE
+from s3lab.models.text.fetchable import FETCHABLE
 
 SUMMARY = """\
 Structured sparsity as a layout: read a pattern, prune by it, measure what it costs.

@@ -29,8 +29,8 @@ from s3lab.solvers.variance import MatchVariance as MatchVariance
 from s3lab.solvers.wanda import Wanda
 from s3lab.tensors.meter import Meter
 from s3lab.tensors.problem import Problem, measure
+from s3lab.tensors.processes import ProcessGroup, find_processes
 from s3lab.tensors.shard import over_rows
-from s3lab.tensors.team import Team, find_team
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "magnitude": Magnitude,
@@ -76,7 +76,7 @@ def prune(
     refit: bool = False,
     refine: bool | Refine = False,
     salient: str | ScoreSolver | None = None,
-    distributed: bool | Team = False,
+    distributed: bool | ProcessGroup = False,
 ) -> Solution: ...
 @overload
 def prune(
@@ -90,7 +90,7 @@ def prune(
     refit: bool = False,
     refine: bool | Refine = False,
     salient: str | ScoreSolver | None = None,
-    distributed: bool | Team = False,
+    distributed: bool | ProcessGroup = False,
 ) -> dict[str, Solution]: ...
 def prune(
     W: Tensor | Mapping[str, Tensor],
@@ -103,7 +103,7 @@ def prune(
     refit: bool = False,
     refine: bool | Refine = False,
     salient: str | ScoreSolver | None = None,
-    distributed: bool | Team = False,
+    distributed: bool | ProcessGroup = False,
 ) -> Solution | dict[str, Solution]:
     """Return the Solution of min tr (Ŵ−W)H(Ŵ−W)ᵀ over the Ŵ whose mask satisfies a spec, as a solver finds it.
 
@@ -136,26 +136,26 @@ def prune(
     pose = _read_layers(W, H, H_test)
     if not isinstance(refine, bool | Refine):
         raise SolveError(f"refine = {refine!r}: True, False, or a Refine with its options")
-    method, team, picker = make_solver(solver), find_team(distributed), make_score(salient)
+    method, processes, picker = make_solver(solver), find_processes(distributed), make_score(salient)
 
     def solve(damp: float) -> dict[str, Solution]:
         problems = pose(damp)
-        found = method.prune(problems, spec, team, picker)
+        found = method.prune(problems, spec, processes, picker)
         if refine:
-            return _refine(problems, spec, found, Refine() if refine is True else refine, team)
-        return _refit(problems, spec, found, team) if refit else found
+            return _refine(problems, spec, found, Refine() if refine is True else refine, processes)
+        return _refit(problems, spec, found, processes) if refit else found
 
     if damp != "auto":
         found = solve(damp)
     else:
         solved: dict[float, dict[str, Solution]] = {}
         with Meter(next(iter(pose(0.0).values())).W.device) as meter:
-            tried = climb(lambda rung: team.max(measure_held_out(solved.setdefault(rung, solve(rung)).values())))
+            tried = climb(lambda rung: processes.max(measure_held_out(solved.setdefault(rung, solve(rung)).values())))
         told = {"time_s": meter.time_s, "damps": tried}
         best = solved[min(tried, key=lambda rung: tried[rung])]
         found = {name: replace(solution, stats={**solution.stats, **told}) for name, solution in best.items()}
-    if team.size > 1:
-        found = {name: _agree(solution, team) for name, solution in found.items()}
+    if processes.size > 1:
+        found = {name: _agree(solution, processes) for name, solution in found.items()}
     return found if isinstance(W, Mapping) else found[ALONE]
 
 
@@ -179,20 +179,22 @@ def _read_layers(W: Any, H: Any, H_test: Any) -> Callable[[float], dict[str, Pro
 
 
 def _refine(
-    problems: Problems, spec: Pattern, found: dict[str, Solution], refine: Refine, team: Team
+    problems: Problems, spec: Pattern, found: dict[str, Solution], refine: Refine, processes: ProcessGroup
 ) -> dict[str, Solution]:
     """Improve the support of a tensor's solution by local search, at the damping that was used."""
     if ALONE not in found:
         raise SolveError(f"{spec} couples tensors: local search takes one tensor at a time; leave refine off")
     first = found[ALONE]
     problem = replace(problems[ALONE], damp=first.stats["damp"])
-    with torch.no_grad(), team.united(), Meter(first.weight.device) as meter:
-        mask, weight, told = over_rows(refine, problem, spec.bind(problem.shape), team, first.mask)
+    with torch.no_grad(), processes.united(), Meter(first.weight.device) as meter:
+        mask, weight, told = over_rows(refine, problem, spec.bind(problem.shape), processes, first.mask)
     stats = {**first.stats, **told, "time_s": first.stats["time_s"] + meter.time_s}
     return conclude({ALONE: problem}, spec, {ALONE: mask}, {ALONE: weight}, f"{first.solver} + {refine}", stats)
 
 
-def _refit(problems: Problems, spec: Pattern, found: dict[str, Solution], team: Team) -> dict[str, Solution]:
+def _refit(
+    problems: Problems, spec: Pattern, found: dict[str, Solution], processes: ProcessGroup
+) -> dict[str, Solution]:
     """Fit the kept weights of all tensors that have a say exactly, at the damping that was used."""
 
     def fit(problem: Problem, bound: object, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -200,11 +202,11 @@ def _refit(problems: Problems, spec: Pattern, found: dict[str, Solution], team: 
         return mask, fitted.weight, {"refit_steps": fitted.steps, "residual": fitted.residual}
 
     first = next(iter(found.values()))
-    with torch.no_grad(), team.united(), Meter(first.weight.device) as meter:
+    with torch.no_grad(), processes.united(), Meter(first.weight.device) as meter:
         leaders = [n for n in found if not isinstance(spec, Coupled) or n not in spec.followers]
         fitted = {name: replace(problems[name], damp=found[name].stats["damp"]) for name in leaders}
         bound = None if isinstance(spec, Coupled) else spec.bind(first.weight.shape)
-        fits = {name: over_rows(fit, fitted[name], bound, team, found[name].mask) for name in leaders}
+        fits = {name: over_rows(fit, fitted[name], bound, processes, found[name].mask) for name in leaders}
     stats = {
         **{key: value for key, value in first.stats.items() if key != "damp"},
         "time_s": first.stats["time_s"] + meter.time_s,
@@ -215,7 +217,7 @@ def _refit(problems: Problems, spec: Pattern, found: dict[str, Solution], team: 
     return conclude({**problems, **fitted}, spec, masks, weights, f"{first.solver} + {Refit()}", stats)
 
 
-def _agree(solution: Solution, team: Team) -> Solution:
+def _agree(solution: Solution, processes: ProcessGroup) -> Solution:
     """What each process has solved in whole, or finished, is to the bit what the first one has."""
-    mask, weight = team.first(solution.mask), team.first(solution.weight)
+    mask, weight = processes.first(solution.mask), processes.first(solution.weight)
     return replace(solution, mask=mask, weight=weight, stats={"processes": 1, **solution.stats})

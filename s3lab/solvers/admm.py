@@ -87,7 +87,7 @@ class ADMM(Solver):
         return self.rho or rho, self.growth or growth, self.hold or hold
 
     def solve(self, problem: Problem, bound: Bound) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        stage = bound if isinstance(bound, Stage) else Stage.of(bound.first_part, problem.weight)
+        stage = bound if isinstance(bound, Stage) else bound.first_part.stage(problem.weight)
         masks, weights, stats = self._iterate([problem], lambda scores: [bound.project(scores[0])], [stage])
         return masks[0], weights[0], stats
 
@@ -100,7 +100,7 @@ class ADMM(Solver):
             masks.update(bound.project(dict(zip(problems, scores, strict=True))))
             return [masks[name] for name in problems]
 
-        stages = [Stage.of(bound.parts[name], problem.weight) for name, problem in problems.items()]
+        stages = [bound.parts[name].stage(problem.weight) for name, problem in problems.items()]
         _, weights, stats = self._iterate(list(problems.values()), project, stages)
         return masks, dict(zip(problems, weights, strict=True)), stats
 
@@ -109,25 +109,25 @@ class ADMM(Solver):
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
         """Run the loop on problems whose supports are decided together; masks, weights, and what there is to say."""
         rho, growth, hold = self._schedule
-        halves = [_Half(problem, rho, stage, self.inertia) for problem, stage in zip(problems, stages, strict=True)]
-        team = problems[0].team
-        allowed = _STILL * team.total(sum(half.D.numel() for half in halves))
-        masks, changes, still, step = [torch.ones_like(half.D, dtype=torch.bool) for half in halves], 0, 0, 0
+        states = [_State(problem, rho, stage, self.inertia) for problem, stage in zip(problems, stages, strict=True)]
+        processes = problems[0].processes
+        allowed = _STILL * processes.total(sum(state.D.numel() for state in states))
+        masks, changes, still, step = [torch.ones_like(state.D, dtype=torch.bool) for state in states], 0, 0, 0
         for step in range(1, self.max_steps + 1):
             if step > 1 and step % hold == 1 % hold:
-                for half in halves:
-                    half.raise_rho(growth)
-            before, masks = masks, project([half.advance() for half in halves])
-            for half, mask in zip(halves, masks, strict=True):
-                half.split(mask)
-            changes = team.total(sum(int((a ^ b).count_nonzero()) for a, b in zip(before, masks, strict=True)))
+                for state in states:
+                    state.raise_rho(growth)
+            before, masks = masks, project([state.advance() for state in states])
+            for state, mask in zip(states, masks, strict=True):
+                state.split(mask)
+            changes = processes.total(sum(int((a ^ b).count_nonzero()) for a, b in zip(before, masks, strict=True)))
             still = still + 1 if changes <= allowed else 0
             if still == _PATIENCE:
                 break
-        fits = [half.fit(mask) for half, mask in zip(halves, masks, strict=True)]
+        fits = [state.fit(mask) for state, mask in zip(states, masks, strict=True)]
         stats = {
             "steps": step,
-            "rho": halves[0].rho,
+            "rho": states[0].rho,
             "changes": changes,
             "refit_steps": max(fit.steps for fit in fits),
             "residual": max(fit.residual for fit in fits),
@@ -135,7 +135,7 @@ class ADMM(Solver):
         return masks, [fit.weight for fit in fits], stats
 
 
-class _Half:
+class _State:
     """One problem's part of the loop, in units of unit diagonal: what is pulled towards H, and towards the pattern.
 
     ``D`` is the copy on the pattern, ``U`` the scaled dual V/ρ, and ``sum`` what D is projected from, Ŵ + U.

@@ -22,8 +22,8 @@ from s3lab.shapes import Bool, Float
 from s3lab.tensors.joint import join
 from s3lab.tensors.meter import Meter
 from s3lab.tensors.problem import Problem, measure
+from s3lab.tensors.processes import SOLO, ProcessGroup
 from s3lab.tensors.shard import over_rows
-from s3lab.tensors.team import SOLO, Team
 
 Bound = compose.Bound | Stage
 Problems = Mapping[str, Problem]
@@ -85,9 +85,9 @@ class Solver(ABC):
         return self.prune({ALONE: problem}, spec)[ALONE] if isinstance(problem, Problem) else self.prune(problem, spec)
 
     def prune(
-        self, problems: Problems, spec: Pattern, team: Team = SOLO, salient: ScoreSolver | None = None
+        self, problems: Problems, spec: Pattern, processes: ProcessGroup = SOLO, salient: ScoreSolver | None = None
     ) -> dict[str, Solution]:
-        """Prune problems by name, a single one under the name `ALONE`, by all processes of a team.
+        """Prune problems by name, a single one under the name `ALONE`, by all processes of a group.
 
         Salient blocks, where the spec has any, are picked by the scores of ``salient``.
         """
@@ -101,7 +101,7 @@ class Solver(ABC):
         if salient is not None and isinstance(bound, compose.Salient):
             bound, told = bound.fix(salient.score(problems[ALONE])), f"{self}, salient by {salient}"
         with torch.no_grad(), Meter(next(iter(problems.values())).W.device) as meter:
-            problems, masks, weights, stats = self._solve_damped(problems, bound, team)
+            problems, masks, weights, stats = self._solve_damped(problems, bound, processes)
         stats = {"time_s": meter.time_s, "mem_mib": meter.mem_mib, **stats}
         return conclude(problems, spec, masks, weights, told, stats)
 
@@ -121,13 +121,13 @@ class Solver(ABC):
         return bound.scatter(joint.stage.gather(mask)), joint.split(weight), stats
 
     def _solve_damped(
-        self, problems: Problems, bound: Bound | CoupledPartition, team: Team
+        self, problems: Problems, bound: Bound | CoupledPartition, processes: ProcessGroup
     ) -> tuple[Problems, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         while True:
             try:
-                with team.united():
+                with processes.united():
                     if not isinstance(bound, CoupledPartition):
-                        mask, weight, stats = over_rows(self.solve, problems[ALONE], bound, team)
+                        mask, weight, stats = over_rows(self.solve, problems[ALONE], bound, processes)
                         return problems, {ALONE: mask}, {ALONE: weight}, stats
                     return problems, *self.solve_coupled({name: problems[name] for name in bound.leaders}, bound)
             except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 _TINY = 4  # up to this many columns, eliminating by hand is quicker than a library call per matrix
 
 
-class Room:
+class Workspace:
     """Memory to use again, by name: on a CPU, fresh memory costs as much as what is done in it."""
 
     def __init__(self, like: Tensor) -> None:
@@ -59,8 +59,8 @@ class Elimination:
     C: Tensor
     w: Tensor
 
-    def __init__(self, W: Tensor, C0: Tensor, room: Room | None = None) -> None:
-        self._W, self._C0, self._room = W, C0, room or Room(W)
+    def __init__(self, W: Tensor, C0: Tensor, workspace: Workspace | None = None) -> None:
+        self._W, self._C0, self._workspace = W, C0, workspace or Workspace(W)
         self._lost = torch.zeros(len(W), 0, dtype=torch.long, device=W.device)  # (G, r)
         self._lost_weights = W.new_zeros(len(W), 0, W.shape[2])  # L⁻¹W[r], (G, r, R)
         # for each block of p columns lost, (L_pp)⁻¹ (−L_pr, 1): the next rows of L⁻¹ from the r before and what is new
@@ -70,13 +70,13 @@ class Elimination:
     def open(self, start: int, stop: int) -> None:
         """Look at columns ``start`` to ``stop``: C is (G, n, n) there, or (1, n, n) while it is the same for all."""
         (G, r), n = self._lost.shape, stop - start
-        panel = self._room.take("panel", len(self._C0), n).copy_(self._C0[:, start:stop])
-        self._start, self._X = start, self._room.take("X", G, r, n)
+        panel = self._workspace.take("panel", len(self._C0), n).copy_(self._C0[:, start:stop])
+        self._start, self._X = start, self._workspace.take("X", G, r, n)
         torch.index_select(panel, 0, self._lost.flatten(), out=self._X.view(G * r, n))
         self._solve(self._X)
         self.C, self.w = panel[None, start:stop], self._W[:, start:stop]
         if r:
-            self.C = torch.baddbmm(self.C, self._X.mT, self._X, alpha=-1, out=self._room.take("C", G, n, n))
+            self.C = torch.baddbmm(self.C, self._X.mT, self._X, alpha=-1, out=self._workspace.take("C", G, n, n))
             self.w = torch.baddbmm(self.w, self._X.mT, self._lost_weights, alpha=-1)
 
     def remove(self, columns: Tensor, last: bool = False) -> None:
@@ -89,7 +89,7 @@ class Elimination:
         if last:
             return
         if self.C.shape[0] < columns.shape[0]:
-            self.C = self._room.take("C", len(columns), *self.C.shape[1:]).copy_(self.C)
+            self.C = self._workspace.take("C", len(columns), *self.C.shape[1:]).copy_(self.C)
         self.C.baddbmm_(factor.mT, factor, alpha=-1)
         # what is left of C there is rounding, and must stay positive
         self.C.diagonal(dim1=1, dim2=2).scatter_add_(1, columns, valid.to(self.C))
@@ -132,8 +132,8 @@ class Elimination:
 
     def _keep(self, columns: Tensor, X: Tensor, inverse: Tensor, weights: Tensor) -> None:
         G, r, p = X.shape
-        rows = self._room.take(f"rows {len(self._inverse_rows)}", G, p, r + p)
-        rows[:, :, :r] = torch.bmm(inverse.neg(), X.mT, out=self._room.take("new", G, p, r))
+        rows = self._workspace.take(f"rows {len(self._inverse_rows)}", G, p, r + p)
+        rows[:, :, :r] = torch.bmm(inverse.neg(), X.mT, out=self._workspace.take("new", G, p, r))
         rows[:, :, r:] = inverse
         self._inverse_rows.append(rows)
         self._lost = torch.cat([self._lost, columns], 1)
@@ -143,7 +143,7 @@ class Elimination:
         """L⁻¹X, in place, for X (G, r, n) on what is lost so far."""
         for rows in self._inverse_rows:
             G, p, stop = rows.shape
-            X[:, stop - p : stop] = torch.bmm(rows, X[:, :stop], out=self._room.take("new", G, p, X.shape[2]))
+            X[:, stop - p : stop] = torch.bmm(rows, X[:, :stop], out=self._workspace.take("new", G, p, X.shape[2]))
         return X
 
 

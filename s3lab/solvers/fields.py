@@ -121,7 +121,7 @@ def find_pieces(stage: Stage) -> Tensor:
     """Return a number for each column, (K,), the same for those that every block of a stage takes together.
 
     >>> from s3lab import parse
-    >>> find_pieces(Stage.of(parse("1:2@1x2").bind((2, 8)), torch.ones(1))).tolist()
+    >>> find_pieces(parse("1:2@1x2").bind((2, 8)).stage(torch.ones(1))).tolist()
     [0, 0, 1, 1, 2, 2, 3, 3]
     """
     return _number_rows(_number_blocks(stage).T)

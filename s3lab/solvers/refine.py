@@ -57,17 +57,17 @@ class Refine:
         """Return a mask of no higher loss, its exact weights, and how many sweeps and exchanges that took."""
         search = _Search(problem, bound, mask)
         sweeps = 0
-        while sweeps < self.sweeps and problem.team.max(float(search.active.any())):
+        while sweeps < self.sweeps and problem.processes.max(float(search.active.any())):
             search.sweep()
             sweeps += 1
-        return search.mask, search.weight, {"sweeps": sweeps, "exchanges": problem.team.total(search.exchanges)}
+        return search.mask, search.weight, {"sweeps": sweeps, "exchanges": problem.processes.total(search.exchanges)}
 
 
 class _Search:
     """A support under way: which components, rows that scopes tie together, may still gain, by how many exchanges."""
 
     def __init__(self, problem: Problem, bound: Bound, mask: Tensor) -> None:
-        stage = Stage.of(bound, problem.weight) if isinstance(bound, Partition) else bound
+        stage = bound.stage(problem.weight) if isinstance(bound, Partition) else bound
         if not isinstance(stage, Stage) or stage.lines is not None:
             raise SolveError(f"{bound.text}: local search exchanges blocks of one view, block and scope, kept by count")
         M, K = problem.shape

@@ -76,7 +76,7 @@ class Refit:
         best, since = torch.inf, 0
         for step in range(self.max_steps + 1):
             gap = residual.norm(dim=1, keepdim=True)
-            worst = problem.team.max(float((gap / goal).nan_to_num(0).max()))
+            worst = problem.processes.max(float((gap / goal).nan_to_num(0).max()))
             best, since = (worst, 0) if worst < 0.9 * best else (best, since + 1)
             hopeless = outlook is not None and outlook.is_hopeless(W, product)
             if worst <= 1 or step == self.max_steps or since > 20 or hopeless:
@@ -122,6 +122,6 @@ class _Outlook:
         damped = self.problem.ridge * (self.problem.weight - W).square().sum()
         ahead = (self.reach * product).nan_to_num(0, inf).sum()
         here = damped.new_tensor(self.loss) - damped
-        loss, damped, ahead = self.problem.team.sum(torch.stack([here, damped, ahead])).clamp(min=0).tolist()
+        loss, damped, ahead = self.problem.processes.sum(torch.stack([here, damped, ahead])).clamp(min=0).tolist()
         least = max(loss - 2 * ahead - 2 * sqrt(damped * ahead), max(sqrt(loss) - sqrt(ahead), 0) ** 2)
         return least > self.below * (1 + 1e-3)

@@ -11,7 +11,7 @@ from torch import Tensor
 from s3lab.algebra.stage import Stage
 from s3lab.errors import SolveError
 from s3lab.solvers.base import Bound, Solver
-from s3lab.solvers.elimination import Elimination, Room, list_columns, weigh
+from s3lab.solvers.elimination import Elimination, Workspace, list_columns, weigh
 from s3lab.solvers.fields import Choices, Field, find_fields, find_groups, make_batches
 from s3lab.solvers.refit import Refit
 from s3lab.tensors.incidence import arrange, link
@@ -107,11 +107,11 @@ class _Walk:
     def run(self) -> Tensor:
         """Return which blocks stay, bool (S, B), and leave in ``dual`` what gives the weights of that."""
         stays = torch.ones(self.stage.S * self.stage.B, dtype=torch.bool, device=self.W.device)
-        rooms = [Room(self.W) for _ in self.fields]
+        workspaces = [Workspace(self.W) for _ in self.fields]
         for chunk, due in zip(self.chunks, self.due.expand(len(self.chunks), -1), strict=True):
             pieces = [
-                _Piece(field.cut(chunk), self.W, inverse, room)
-                for field, inverse, room in zip(self.fields, self.inverses, rooms, strict=True)
+                _Piece(field.cut(chunk), self.W, inverse, workspace)
+                for field, inverse, workspace in zip(self.fields, self.inverses, workspaces, strict=True)
                 if chunk[field.groups].any()
             ]
             for first, stop in self.panels:
@@ -170,7 +170,7 @@ class _Walk:
         seen = torch.zeros(K, dtype=torch.bool, device=columns.device)
         seen[stage.offsets[stage.offsets >= 0] % K] = True
         if self.options.order == "cost":
-            cost = self.problem.team.sum((self.W**2).sum(0, dtype=torch.float64)) / self.C.diagonal()
+            cost = self.problem.processes.sum((self.W**2).sum(0, dtype=torch.float64)) / self.C.diagonal()
             names, place = labels.unique(return_inverse=True)
             mean = cost.new_zeros(len(names)).index_add_(0, place, cost) / place.bincount()
             labels = mean.argsort(descending=True, stable=True).argsort()[place]
@@ -223,9 +223,9 @@ class _Walk:
 class _Piece:
     """A field in a chunk while its columns go: the elimination, and what is ``lost`` so far, bool (G, k)."""
 
-    def __init__(self, field: Field, W: Tensor, inverse: Tensor, room: Room) -> None:
+    def __init__(self, field: Field, W: Tensor, inverse: Tensor, workspace: Workspace) -> None:
         self.field = field
-        self.part = Elimination(W[field.rows[:, :, None], field.columns].transpose(1, 2), inverse, room)
+        self.part = Elimination(W[field.rows[:, :, None], field.columns].transpose(1, 2), inverse, workspace)
         self.lost = torch.zeros_like(field.blocks, dtype=torch.bool)
         if field.taken is not None:
             self.part.forget(field.taken, _PANEL // 2)

@@ -13,7 +13,7 @@ from s3lab.errors import ShapeError, SolveError
 from s3lab.shapes import Float
 from s3lab.solvers.base import Bound, Problems, Solver
 from s3lab.tensors.problem import Problem
-from s3lab.tensors.team import SOLO, Team
+from s3lab.tensors.processes import SOLO, ProcessGroup
 
 Per = Literal["row", "matrix"]
 
@@ -54,16 +54,16 @@ class MatchVariance(Solver):
         )
 
     def _correct(self, problem: Problem, weight: Tensor, mask: Tensor) -> Tensor:
-        return match_variance(weight.masked_fill(~mask, 0), problem.weight, self.per, problem.team)
+        return match_variance(weight.masked_fill(~mask, 0), problem.weight, self.per, problem.processes)
 
 
 def match_variance(
-    W_hat: Float[Tensor, "M K"], W: Float[Tensor, "M K"], per: Per = "row", team: Team = SOLO
+    W_hat: Float[Tensor, "M K"], W: Float[Tensor, "M K"], per: Per = "row", processes: ProcessGroup = SOLO
 ) -> Float[Tensor, "M K"]:
     """Return Ŵ·√(Var W / Var Ŵ), so that Var Ŵ, over each row or over the whole matrix, zeros included, is Var W.
 
     Var w = mean w² − (mean w)².  A row without variance, dense or pruned, stays as it is.  In the dtype of Ŵ, on its
-    device; of a ``team`` each process gives its rows.  Raises ShapeError for weights of different shapes, SolveError
+    device; of a group of processes each gives its rows.  Raises ShapeError for weights of different shapes, SolveError
     for another ``per``.
 
     Source: arXiv 2507.03052, variance correction, as we read its summary: that the variance is of the weights, and
@@ -75,16 +75,16 @@ def match_variance(
     _check_per(per)
     if W_hat.shape != W.shape:
         raise ShapeError(f"pruned {tuple(W_hat.shape)} and dense {tuple(W.shape)} weights: give one matrix twice")
-    ratio = (_vary(W, per, team) / _vary(W_hat, per, team)).sqrt()
+    ratio = (_vary(W, per, processes) / _vary(W_hat, per, processes)).sqrt()
     return (W_hat * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)).to(W_hat.dtype)
 
 
-def _vary(W: Tensor, per: Per, team: Team) -> Tensor:
+def _vary(W: Tensor, per: Per, processes: ProcessGroup) -> Tensor:
     """The variance in float64, (M, 1) or a scalar; zero where it is no more than what rounding leaves of equals."""
     W = W.double()
     moments = torch.stack([W, W.square()]).mean(-1, keepdim=True)
     if per == "matrix":
-        moments = team.sum(moments.sum(1)).flatten() / team.total(len(W))
+        moments = processes.sum(moments.sum(1)).flatten() / processes.total(len(W))
     mean, square = moments
     variance = square - mean**2
     return torch.where(variance > 1e-12 * square, variance, 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from s3lab.errors import ShapeError
 from s3lab.shapes import Float
-from s3lab.tensors.team import Team
+from s3lab.tensors.processes import ProcessGroup
 from s3lab.tensors.units import find_exponent, shift
 
 _CHUNK = 16384  # tokens turned to float32 at a time, so that half-precision inputs are never copied whole
@@ -62,15 +62,18 @@ class Moment:
                 self._sum[start : start + _BAND, start:] += shift(product, 2 * unit)
         self.tokens += len(X)
 
-    def pool(self, team: Team, device: torch.device) -> None:
-        """Add what the other processes of a team have seen: then all hold the moment of all, with the same bits.
+    def pool(self, processes: ProcessGroup, device: torch.device) -> None:
+        """Add what the other processes of a group have seen: then all hold the moment of all, with the same bits.
 
         All must call it, also one that has seen nothing, whose sum is then on ``device``.
         """
-        self.tokens, K = team.total(self.tokens), int(team.max(0.0 if self._sum is None else float(len(self._sum))))
+        self.tokens, K = (
+            processes.total(self.tokens),
+            int(processes.max(0.0 if self._sum is None else float(len(self._sum)))),
+        )
         if K:
             own = torch.zeros(K, K, dtype=torch.float64, device=device) if self._sum is None else self._sum
-            self._sum = team.sum(own)
+            self._sum = processes.sum(own)
 
     def value(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "K K"]:
         """Return XᵀX / T; ShapeError if no token has been added, or the mean squares leave the range of the dtype."""

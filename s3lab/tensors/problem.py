@@ -15,7 +15,7 @@ from torch.linalg import solve_triangular
 from s3lab.errors import ShapeError, SolveError
 from s3lab.shapes import Bool, Float
 from s3lab.tensors.hessian import output_error
-from s3lab.tensors.team import SOLO, Team
+from s3lab.tensors.processes import SOLO, ProcessGroup
 from s3lab.tensors.units import find_exponent, shift
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,7 +41,7 @@ class Problem:
     ``damp`` is added to the diagonal as a fraction of its mean over live inputs.  If the factorisation still fails,
     it is raised tenfold, step by step, and ``damping`` says to what.  Inputs with a zero diagonal are dead: their
     weights count as zero.  The work is done in float64 for a float64 weight and in float32 otherwise; factorisations
-    are in float64.  Where the rows are only some of a layer's, ``team`` are the processes that hold all of them.
+    are in float64.  Where the rows are only some of a layer's, ``processes`` are the processes that hold all of them.
 
     ``units`` are what all but W, H and the errors is measured in: powers of two that keep squares within range, to the
     same bits whatever the scale of W and H (`measure`).  Weights below 2⁻⁷⁴ of the largest have squares of zero.
@@ -58,7 +58,7 @@ class Problem:
     H: Float[Tensor, "K K"] | None = None
     H_test: Float[Tensor, "K K"] | None = None
     damp: float = 1e-2
-    team: Team = SOLO
+    processes: ProcessGroup = SOLO
     units: Units = PLAIN
 
     def __post_init__(self) -> None:
@@ -156,11 +156,11 @@ class Problem:
         return self.damping * float(live.double().mean()) if len(live) else self.damping
 
     def loss(self, weight: Float[Tensor, "M K"], mask: Bool[Tensor, "M K"]) -> float:
-        """Return tr (Ŵ−W)H(Ŵ−W)ᵀ with H undamped, over the rows of all the team, of a weight in the working dtype as
+        """Return tr (Ŵ−W)H(Ŵ−W)ᵀ with H undamped, over the rows of all the group, of a weight in the working dtype as
         it is once it is given back: rounded, and zero outside the mask."""
         apart = shift(self.restore(weight, mask).double() - self.W.detach().double(), -self.units.W)
         moment = shift(self.moment.double(), -self.units.H)
-        return float(self.team.sum(((apart @ moment) * apart).sum()))
+        return float(self.processes.sum(((apart @ moment) * apart).sum()))
 
     def error(self, W_hat: Float[Tensor, "M K"]) -> float:
         """Return the relative output error on H, undamped."""

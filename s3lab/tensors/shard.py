@@ -1,4 +1,4 @@
-"""The rows of a problem shared out to a team of processes, each with a smaller problem of the same kind."""
+"""The rows of a problem shared out to a group of processes, each with a smaller problem of the same kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from s3lab.algebra.stage import Stage
 from s3lab.shapes import Integer
 from s3lab.tensors.incidence import link, tabulate
 from s3lab.tensors.problem import Problem
-from s3lab.tensors.team import Team
+from s3lab.tensors.processes import ProcessGroup
 
 Work = Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]
 
@@ -34,11 +34,11 @@ class Share:
 
     def join(self, own: Tensor) -> Tensor:
         """Return the tensor (M, K) of which each process has its rows."""
-        whole = self.problem.team.gather(own)
+        whole = self.problem.processes.gather(own)
         return torch.empty_like(whole).index_copy_(0, self.order, whole)
 
 
-def cut(problem: Problem, bound: object, team: Team) -> Share | None:
+def cut(problem: Problem, bound: object, processes: ProcessGroup) -> Share | None:
     """Return this process's share of the rows; rows that a scope or a block ties together stay together.
 
     None where the pattern cannot be cut: one process alone, rounds that build on each other, fewer groups of rows
@@ -46,22 +46,22 @@ def cut(problem: Problem, bound: object, team: Team) -> Share | None:
     whatever a solver reads off the pattern, such as an order of the columns, is the same in all of them.
 
     >>> from s3lab import parse
-    >>> from s3lab.tensors.team import SOLO
+    >>> from s3lab.tensors.processes import SOLO
     >>> cut(Problem(torch.ones(4, 8)), parse("2:4").bind((4, 8)), SOLO) is None
     True
     """
-    if team.size == 1 or not isinstance(bound, Partition):
+    if processes.size == 1 or not isinstance(bound, Partition):
         return None
     found = find_row_groups(bound, problem.W.device)
-    if found is None or len(found[0]) < team.size:
+    if found is None or len(found[0]) < processes.size:
         return None
     groups, places = found
-    start, stop = (len(groups) * rank // team.size for rank in (team.rank, team.rank + 1))
+    start, stop = (len(groups) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
     rows, K = groups[start:stop].flatten(), problem.shape[1]
     shift = torch.arange(stop - start, device=rows.device).view(-1, 1, 1, 1) * (groups.shape[1] * K)
     moved = (places + shift).flatten(0, 1)
     goes = moved.new_full((len(moved),), bound.B - bound.keep)
-    own = replace(problem, W=problem.W[rows], team=team)
+    own = replace(problem, W=problem.W[rows], processes=processes)
     return Share(own, Stage(bound.text, own.shape, moved, goes, bound.lines), rows, groups.flatten())
 
 
@@ -80,7 +80,7 @@ def find_row_groups(
     """
     M, K = part.shape
     rows = torch.arange(M, device=device)
-    offsets = Stage.of(part, rows).offsets
+    offsets = part.stage(rows).offsets
     groups = tabulate(rows, link((offsets // K).view(part.S, -1), M)).items
     G, R = groups.shape
     if G == 1 or part.S % G or bool((groups < 0).any()):
@@ -94,15 +94,15 @@ def find_row_groups(
 
 
 def over_rows(
-    work: Work, problem: Problem, bound: object, team: Team, *given: Tensor
+    work: Work, problem: Problem, bound: object, processes: ProcessGroup, *given: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return what ``work(problem, bound, *given)`` does, a mask (M, K), a weight (M, K) and stats, by all of a team.
+    """Return what ``work(problem, bound, *given)`` does, a mask (M, K), a weight (M, K) and stats, by all of a group.
 
     Each process works on its share of the rows, also of what is ``given`` (M, K) beside the problem, and ``processes``
     in the stats says how many; what cannot be cut is done in whole by each.
     """
-    share = cut(problem, bound, team)
+    share = cut(problem, bound, processes)
     if share is None:
         return work(problem, bound, *given)
     mask, weight, stats = work(share.problem, share.stage, *(tensor[share.rows] for tensor in given))
-    return share.join(mask), share.join(weight), {**stats, "processes": team.size}
+    return share.join(mask), share.join(weight), {**stats, "processes": processes.size}

@@ -13,7 +13,6 @@ from s3lab.algebra.couple import Coupled
 from s3lab.algebra.patterns import parse
 from s3lab.algebra.spec import Pattern
 from s3lab.errors import SolveError, SpecError
-from s3lab.globs import assign
 from s3lab.training.base import Method, SparseWeight, Unit
 from s3lab.training.fixed import Fixed
 from s3lab.training.gradual import Gradual
@@ -24,6 +23,7 @@ from s3lab.training.sparsity import Sparsity
 from s3lab.training.spp import SPP
 from s3lab.training.srste import SRSTE
 from s3lab.training.ste import STE
+from s3lab.wildcards import assign
 
 METHODS: dict[str, type[Method]] = {
     "fixed": Fixed,

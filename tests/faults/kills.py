@@ -21,9 +21,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from s3lab.files import PARTS
 from s3lab.folder import claim
 from s3lab.lab.cli import main
-from s3lab.models import checkpoint, sequential  # noqa: F401  imported here, and not in each fork
-from s3lab.models.corpus import documents
-from s3lab.models.pretrained import load_model
+from s3lab.models.storage import checkpoint  # noqa: F401  imported here, and not in each fork
+from s3lab.models.text.corpus import documents
+from s3lab.models.text.pretrained import load_model
 
 NOBODY = 65534
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 2048}

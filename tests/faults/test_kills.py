@@ -46,7 +46,7 @@ def test_so_it_is_at_every_operation():
 
 
 MAKES = """
-from s3lab.lab import record
+from s3lab.lab.run import record
 import pandas
 run = record.start("01_make_table", {"size": size})
 run.table(pandas.DataFrame({"size": [size]}), "made")

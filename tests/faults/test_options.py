@@ -95,7 +95,7 @@ def run(arguments, capsys, here):
 
 
 def test_every_value_that_cannot_be_is_refused_before_anything_is_loaded_or_made(here, capsys, monkeypatch):
-    monkeypatch.setattr("s3lab.models.pretrained.load_model", None)  # whoever loads a model fails
+    monkeypatch.setattr("s3lab.models.text.pretrained.load_model", None)  # whoever loads a model fails
     (here / "notebooks" / "profiles").mkdir(parents=True)
     (here / "notebooks" / "profiles" / "quick.yaml").write_text("01_one:\n")
     first = new_code_cell("seed = 0", metadata={"tags": ["parameters"]})

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import s3lab as s3
-from s3lab.lab import bench
-from s3lab.models.layers import generate_layer
+from s3lab.lab.study import bench
+from s3lab.models.measure.layers import generate_layer
 
 LAYER = generate_layer(8, 16, 64)
 

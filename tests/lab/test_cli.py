@@ -7,7 +7,7 @@ import torch
 
 from s3lab import PATTERNS
 from s3lab.lab import cli
-from s3lab.models.pretrained import load_model
+from s3lab.models.text.pretrained import load_model
 from s3lab.solvers.damping import LADDER
 
 SMALL = ["--calibration", "stdlib", "--sequences", "4", "--length", "32"]

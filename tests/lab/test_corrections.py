@@ -5,10 +5,10 @@ import torch
 
 from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError
-from s3lab.lab.corrections import CORRECTIONS, Comparison
-from s3lab.models.finetune import Schedule
-from s3lab.models.pretrained import load_model
-from s3lab.models.reference import RECIPES, build
+from s3lab.lab.study.corrections import CORRECTIONS, Comparison
+from s3lab.models.correct.finetune import Schedule
+from s3lab.models.text.pretrained import load_model
+from s3lab.models.text.pretraining import RECIPES, build
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import pytest
 
 import s3lab
 from s3lab.errors import DataError
-from s3lab.lab.crossing import Crossing
-from s3lab.models import corpus
-from s3lab.models.pretrained import load_model
-from s3lab.models.reference import perplexity
+from s3lab.lab.study.crossing import Crossing
+from s3lab.models.text import corpus
+from s3lab.models.text.pretrained import load_model
+from s3lab.models.text.reference import perplexity
 
 pytest.importorskip("transformers")
 

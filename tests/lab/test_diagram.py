@@ -5,7 +5,7 @@ from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import to_rgb
 
 from s3lab import parse
-from s3lab.lab import diagram, plot
+from s3lab.lab.draw import diagram, plot
 
 
 def segments(ax, which: int) -> set[tuple]:

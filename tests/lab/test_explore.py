@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from s3lab import PATTERNS, DataError, parse
+from s3lab.lab.draw.portrait import measure_rows
 from s3lab.lab.explore import explore_patterns, explore_pruning, explore_runs
-from s3lab.lab.portrait import measure_rows
-from s3lab.models.layers import generate_layer
+from s3lab.models.measure.layers import generate_layer
 
 
 def test_a_wrong_text_is_told_with_its_caret_and_leaves_the_drawing():

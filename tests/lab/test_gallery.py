@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import s3lab as s3
-from s3lab.lab import diagram
-from s3lab.lab.gallery import GALLERY
+from s3lab.lab.draw import diagram
+from s3lab.lab.draw.gallery import GALLERY
 
 
 def test_every_named_pattern_hangs_there():

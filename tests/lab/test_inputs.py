@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from s3lab.errors import DataError
-from s3lab.lab.inputs import compare_inputs, find_gains
-from s3lab.lab.interval import find_interval, find_quantile, share_within
-from s3lab.models.calibrate import Learning
-from s3lab.models.reference import RECIPES, build, perplexity
+from s3lab.lab.study.inputs import compare_inputs, find_gains
+from s3lab.lab.study.interval import find_interval, find_quantile, share_within
+from s3lab.models.inputs.calibrate import Learning
+from s3lab.models.text.pretraining import RECIPES, build
+from s3lab.models.text.reference import perplexity
 
 
 def test_every_combination_is_a_row_and_the_model_stays():

@@ -7,7 +7,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 
 from s3lab.errors import DataError
-from s3lab.lab import plot
+from s3lab.lab.draw import plot
 
 CURVES = pd.DataFrame({"step": [0, 1, 0, 1], "loss": [3.0, 2.0, 4.0, 2.5], "split": ["train"] * 2 + ["test"] * 2})
 BARS = pd.DataFrame(

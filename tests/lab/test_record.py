@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from s3lab.errors import DataError
 from s3lab.files import write
-from s3lab.lab import plot, record
+from s3lab.lab.draw import plot
+from s3lab.lab.run import record
 
 TABLE = pd.DataFrame({"solver": ["obd", "sobs"], "error": [0.2, 0.1]})
 

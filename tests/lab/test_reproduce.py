@@ -19,10 +19,11 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from s3lab.errors import DataError
 from s3lab.files import write
-from s3lab.lab import cli, fresh, grid, reproduce, schedule
-from s3lab.lab import job as module
-from s3lab.lab.job import Job, Outcome
-from s3lab.lab.notebook import read_parameters
+from s3lab.lab import cli
+from s3lab.lab.run import fresh, grid, reproduce, schedule
+from s3lab.lab.run import job as module
+from s3lab.lab.run.job import Job, Outcome
+from s3lab.lab.run.notebook import read_parameters
 
 # Writes a table and its record, as `record.start` does, without the seconds that the import of torch takes; with a
 # size from 2 on only if a file called "open" is there, and otherwise never ends.
@@ -311,13 +312,19 @@ def test_a_change_of_the_package_is_redone(house, job, executions, monkeypatch):
     assert not module.run(job, house / "made").skipped
 
 
-def test_the_hash_of_a_package_is_that_of_its_files(tmp_path):
-    write(tmp_path / "a" / "b.py", b"1")
+def test_the_hash_of_a_package_is_that_of_what_its_files_do(tmp_path):
+    write(tmp_path / "a" / "b.py", b"f(1)")
     first = fresh.hash_source(tmp_path)
     write(tmp_path / "a" / "__pycache__" / "b.pyc", b"2")
     write(tmp_path / "a" / ".b.py.swp", b"3")
     assert fresh.hash_source(tmp_path) == first
-    (tmp_path / "a" / "b.py").rename(tmp_path / "a" / "c.py")
+    (tmp_path / "a" / "b.py").rename(tmp_path / "c.py")
+    write(tmp_path / "c.py", b"'''On f.'''\nfrom a import f  # where it is now\n\nf(1)")
+    assert fresh.hash_source(tmp_path) == first
+    write(tmp_path / "c.py", b"from a import f\n\nf(2)")
+    assert fresh.hash_source(tmp_path) != first
+    write(tmp_path / "c.py", b"from a import f\n\nf(1)")
+    write(tmp_path / "table.csv", b"1")
     assert fresh.hash_source(tmp_path) != first
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from s3lab import PATTERNS, DataError, SpecError, parse
-from s3lab.lab import plot, terminal
+from s3lab.lab.draw import plot, terminal
 
 SHAPES = {
     "2:4": (8, 16),

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import s3lab as s3
-from s3lab.models import activations, calibrate
-from s3lab.models.activations import Activation, SparseLinear, load, save
-from s3lab.models.calibrate import Learning, collect_inputs, measure_inputs, sparsify
+from s3lab.models.inputs import activations, calibrate
+from s3lab.models.inputs.activations import Activation, SparseLinear, load, save
+from s3lab.models.inputs.calibrate import Learning, collect_inputs, measure_inputs, sparsify
 from s3lab.tensors.activation import bind_token, prune_tokens, split_low_rank, weigh_columns
 
 QUICK = Learning(steps=8, lr=2e-2, tokens=64, at_once=5)

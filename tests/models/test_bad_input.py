@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from s3lab.errors import DataError, ShapeError, SolveError, SpecError
-from s3lab.models.activations import Activation, SparseLinear, load, save
-from s3lab.models.calibrate import Learning, sparsify
-from s3lab.models.sequential import prune_model
+from s3lab.models.inputs.activations import Activation, SparseLinear, load, save
+from s3lab.models.inputs.calibrate import Learning, sparsify
+from s3lab.models.prune.sequential import prune_model
 
 
 @pytest.mark.parametrize("ids", [torch.ones(2, 16), torch.ones(16).long(), torch.ones(2, 0).long()])

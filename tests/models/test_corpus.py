@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from s3lab.errors import DataError
-from s3lab.models import corpus
-from s3lab.models.corpus import SPLITS, Document
+from s3lab.models.text import corpus
+from s3lab.models.text.corpus import SPLITS, Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ def test_it_holds_the_language_reference_and_the_docstrings_but_no_tests():
 
 def test_another_process_reads_the_same_and_runs_no_module():
     code = (
-        "import hashlib, sys; from s3lab.models import corpus; before = set(sys.modules); "
+        "import hashlib, sys; from s3lab.models.text import corpus; before = set(sys.modules); "
         "text = corpus.text('test').encode(); "
         "print(hashlib.sha256(text).hexdigest(), *(set(sys.modules) - before))"
     )

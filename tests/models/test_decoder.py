@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 from s3lab.errors import DataError, SpecError
-from s3lab.globs import assign
-from s3lab.models.decoder import Matrix, Watch, find_course, find_decoder
+from s3lab.models.structure.decoder import Matrix, Watch, find_course, find_decoder
+from s3lab.wildcards import assign
 
 pytest.importorskip("transformers")
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from s3lab.errors import DataError, S3Error
 from s3lab.lab import cli
-from s3lab.models.decoder import find_decoder
-from s3lab.models.flow import Flow, cut_chunks
-from s3lab.models.sequential import prune_model
-from s3lab.tensors.team import Team, assemble
+from s3lab.models.prune.flow import Flow, cut_chunks
+from s3lab.models.prune.sequential import prune_model
+from s3lab.models.structure.decoder import find_decoder
+from s3lab.tensors.processes import ProcessGroup, assemble
 
 transformers = pytest.importorskip("transformers")
 
@@ -80,24 +80,24 @@ def attempt(**options):
 
 def work(out):
     """What each process does: runs, one that is broken off and taken up again, and what cannot be."""
-    with assemble(True) as (team, _):
-        runs = {name: prune(name, distributed=team) for name in RUNS}
-        told = {"broken": attempt(distributed=team, out=out / "run", progress=stop_in_second_layer)}
-        if team.rank == 0:
+    with assemble(True) as (processes, _):
+        runs = {name: prune(name, distributed=processes) for name in RUNS}
+        told = {"broken": attempt(distributed=processes, out=out / "run", progress=stop_in_second_layer)}
+        if processes.rank == 0:
             shutil.copytree(out / "run", out / "alone")
-        team.wait()
+        processes.wait()
         seen = []
-        runs["resumed"] = prune("admm", distributed=team, out=out / "run", progress=seen.append)
+        runs["resumed"] = prune("admm", distributed=processes, out=out / "run", progress=seen.append)
         told |= {
             "seen": [(step.layer, step.solved) for step in seen],
-            "unlike": attempt(distributed=team, seed=team.rank),
-            "elsewhere": attempt(distributed=team, out=out / "run", spec="1:4"),
+            "unlike": attempt(distributed=processes, seed=processes.rank),
+            "elsewhere": attempt(distributed=processes, out=out / "run", spec="1:4"),
             "rows": {name: run.matrices for name, run in runs.items()},
             "layers": {name: run.layers for name, run in runs.items()},
         }
         for name, run in runs.items():
-            save_file(matrices(run), out / f"{name}-{team.rank}.safetensors")
-        (out / f"{team.rank}.json").write_text(json.dumps(told))
+            save_file(matrices(run), out / f"{name}-{processes.rank}.safetensors")
+        (out / f"{processes.rank}.json").write_text(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +160,11 @@ def test_processes_that_were_not_given_the_same_are_told_so(out):
 
 
 def test_every_process_needs_a_chunk():
-    team = Team()
-    team.size = 5
+    processes = ProcessGroup()
+    processes.size = 5
     model = make("Qwen3")
     with pytest.raises(DataError, match="4 chunks of sequences for 5 processes: lower batch"):
-        Flow(model, find_decoder(model), cut_chunks(ids(), 0.0, 3, 0), torch.device("cpu"), team=team)
+        Flow(model, find_decoder(model), cut_chunks(ids(), 0.0, 3, 0), torch.device("cpu"), processes=processes)
 
 
 def test_the_command_line_asks_for_torchrun(tmp_path, capsys):

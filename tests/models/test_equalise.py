@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from s3lab.errors import DataError, SpecError
-from s3lab.models.capture import find_linears
-from s3lab.models.equalise import equalise
+from s3lab.models.correct.equalise import equalise
+from s3lab.models.structure.capture import find_linears
 
 INTO = {
     "Qwen3": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"],

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from s3lab.errors import DataError, SpecError
-from s3lab.models import corpus
-from s3lab.models.evaluate import evaluate, evaluate_lm_eval, windows
-from s3lab.models.pretrained import load_model
-from s3lab.models.reference import Recipe, build, load_reference, train_tokenizer
+from s3lab.models.measure.evaluate import evaluate, evaluate_lm_eval, windows
+from s3lab.models.text import corpus
+from s3lab.models.text.pretrained import load_model
+from s3lab.models.text.pretraining import Recipe, build, train_tokenizer
+from s3lab.models.text.reference import load_reference
 
 pytest.importorskip("transformers")
 TINY = Recipe(vocab=512, hidden=32, layers=2, intermediate=48, heads=4, kv_heads=2, head_dim=16, length=64)

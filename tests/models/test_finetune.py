@@ -7,9 +7,9 @@ import torch
 
 import s3lab as s3
 from s3lab.errors import DataError, SolveError
-from s3lab.models.capture import find_linears
-from s3lab.models.decoder import find_decoder
-from s3lab.models.finetune import Schedule, finetune
+from s3lab.models.correct.finetune import Schedule, finetune
+from s3lab.models.structure.capture import find_linears
+from s3lab.models.structure.decoder import find_decoder
 
 FAST = Schedule(epochs=2, batch=4, lr=3e-3)
 

@@ -10,10 +10,10 @@ import torch
 
 import s3lab as s3
 from s3lab.lab import cli
-from s3lab.models.checkpoint import save_pruned
-from s3lab.models.packed import pack_model, unpack_model
-from s3lab.models.pretrained import load_model
-from s3lab.models.shrink import shrink
+from s3lab.models.prune.shrink import shrink
+from s3lab.models.storage.checkpoint import save_pruned
+from s3lab.models.storage.packed import pack_model, unpack_model
+from s3lab.models.text.pretrained import load_model
 from s3lab.packing.file import find_files, read_packed, read_tensors
 from s3lab.packing.linear import PackedLinear
 from s3lab.packing.weigh import weigh

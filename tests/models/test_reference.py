@@ -8,16 +8,10 @@ import pytest
 import torch
 
 from s3lab.errors import DataError, SolveError, SpecError
-from s3lab.models import corpus, reference
-from s3lab.models.pretrained import SHIPPED
-from s3lab.models.reference import (
-    REFERENCE_DIR,
-    Recipe,
-    load_reference,
-    perplexity,
-    train,
-    unigram_perplexity,
-)
+from s3lab.models.text import corpus, pretraining
+from s3lab.models.text.pretrained import SHIPPED
+from s3lab.models.text.pretraining import Recipe, train, unigram_perplexity
+from s3lab.models.text.reference import REFERENCE_DIR, load_reference, perplexity
 
 pytest.importorskip("transformers")
 
@@ -81,7 +75,7 @@ def test_the_shipped_files_are_small_safe_and_of_the_recipe(name):
     assert {"config.json", "model.safetensors", "tokenizer.json", "training.csv", "README.md"} <= set(files)
     assert not [name for name in files if not name.endswith((".safetensors", ".json", ".csv", ".md"))]
     record = json.loads((folder / "record.json").read_text())
-    assert Recipe(**record["recipe"]) == reference.RECIPES[name]
+    assert Recipe(**record["recipe"]) == pretraining.RECIPES[name]
     assert record["parameters"] == sum(p.numel() for p in load_reference(folder)[0].parameters())
 
 
@@ -134,7 +128,7 @@ def test_an_interrupted_training_ends_in_the_same_bits(brief, trained, tmp_path,
 
     with pytest.raises(KeyboardInterrupt):
         train(TINY, tmp_path, log=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == [reference.CHECKPOINT]
+    assert [path.name for path in tmp_path.iterdir()] == [pretraining.CHECKPOINT]
     steps = []
     train(TINY, tmp_path, progress=lambda left: steps.extend(left) or steps)
     assert steps == list(range(stop, 3))
@@ -185,7 +179,7 @@ def test_the_rate_rises_and_falls():
 
 
 def test_perplexity_of_an_indifferent_model_is_its_vocabulary():
-    model = reference.build(TINY)
+    model = pretraining.build(TINY)
     torch.nn.init.zeros_(next(model.parameters()))  # the tied embeddings: every logit becomes zero
     model.train()
     assert perplexity(model, torch.arange(32).view(2, 16), batch=1) == pytest.approx(TINY.vocab)
@@ -208,7 +202,7 @@ def test_a_recipe_that_cannot_be_is_refused(change, message):
 
 def test_a_vocabulary_that_does_not_fit_is_refused(brief):
     with pytest.raises(DataError, match=r"gives 257 tokens, not vocab=16"):
-        reference.train_tokenizer(replace(TINY, vocab=16))
+        pretraining.train_tokenizer(replace(TINY, vocab=16))
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

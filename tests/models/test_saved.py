@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import s3lab as s3
-from s3lab.models.checkpoint import save_pruned
-from s3lab.models.evaluate import evaluate
-from s3lab.models.pretrained import load_model
+from s3lab.models.measure.evaluate import evaluate
+from s3lab.models.storage.checkpoint import save_pruned
+from s3lab.models.text.pretrained import load_model
 
 TEXTS = [
     "The with statement wraps the execution of a block.",

@@ -11,11 +11,11 @@ import torch
 
 import s3lab
 from s3lab.errors import DataError, SpecError
-from s3lab.models.capture import capture_moments
-from s3lab.models.checkpoint import save_pruned
-from s3lab.models.decoder import find_decoder
-from s3lab.models.flow import cut_chunks
-from s3lab.models.sequential import prune_model
+from s3lab.models.prune.flow import cut_chunks
+from s3lab.models.prune.sequential import prune_model
+from s3lab.models.storage.checkpoint import save_pruned
+from s3lab.models.structure.capture import capture_moments
+from s3lab.models.structure.decoder import find_decoder
 
 transformers = pytest.importorskip("transformers")
 
@@ -366,7 +366,7 @@ import sys, torch
 from pathlib import Path
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from safetensors.torch import save_file
-from s3lab.models.sequential import prune_model
+from s3lab.models.prune.sequential import prune_model
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = Qwen3ForCausalLM(Qwen3Config(hidden_size=32, num_hidden_layers=4, intermediate_size=64, num_attention_heads=4,

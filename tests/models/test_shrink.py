@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from s3lab.errors import DataError
-from s3lab.models.checkpoint import save_pruned
-from s3lab.models.decoder import find_decoder
-from s3lab.models.sequential import prune_model
-from s3lab.models.shrink import shrink
+from s3lab.models.prune.sequential import prune_model
+from s3lab.models.prune.shrink import shrink
+from s3lab.models.storage.checkpoint import save_pruned
+from s3lab.models.structure.decoder import find_decoder
 
 transformers = pytest.importorskip("transformers")
 

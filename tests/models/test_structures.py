@@ -5,10 +5,10 @@ import torch
 
 import s3lab
 from s3lab.errors import SpecError
-from s3lab.models.decoder import find_decoder
-from s3lab.models.jobs import read_tables
-from s3lab.models.sequential import prune_model
-from s3lab.models.structures import STRUCTURES, head_sizes, read_couplings
+from s3lab.models.prune.jobs import read_tables
+from s3lab.models.prune.sequential import prune_model
+from s3lab.models.structure.decoder import find_decoder
+from s3lab.models.structure.structures import STRUCTURES, head_sizes, read_couplings
 
 transformers = pytest.importorskip("transformers")
 

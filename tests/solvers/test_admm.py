@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import s3lab as s3
-from s3lab.models.layers import generate_layer
+from s3lab.models.measure.layers import generate_layer
 
 TINY = ["2:4", "1:4", "1:2@2x2", "50%/row", "50%"]
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import s3lab as s3
-from s3lab.algebra.stage import Stage
 from s3lab.solvers.kernels import is_tiled, project, ref, refuse_project, refuse_sweep, sweep_window
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -134,7 +133,7 @@ def test_a_kernel_is_refused_outside_its_predicate():
 def test_without_a_gpu_auto_takes_torch_and_triton_says_why():
     W, H = layer(8, 32)
     part = s3.parse("2:4").bind((8, 32))
-    assert "cpu" in (refuse_sweep(Stage.of(part, W), True, W) or "") and "cpu" in (refuse_project(part, W) or "")
+    assert "cpu" in (refuse_sweep(part.stage(W), True, W) or "") and "cpu" in (refuse_project(part, W) or "")
     assert torch.equal(project(part, W), part.project(W))
     with pytest.raises(s3.SolveError, match="cpu"):
         project(part, W, impl="triton")
@@ -159,7 +158,7 @@ def test_sparsegpt_is_the_column_loop(text, width):
 
 def test_tiles_are_what_they_say():
     W = torch.ones(8, 32)
-    tiled = {text: is_tiled(Stage.of(s3.parse(text).bind((8, 32)), W), 128) for text in ("2:4", "2:4@1x2", "16:32")}
+    tiled = {text: is_tiled(s3.parse(text).bind((8, 32)).stage(W), 128) for text in ("2:4", "2:4@1x2", "16:32")}
     assert all(tiled.values())
     for text in ("1:2@2x2", "50%", "2:4 each way", "(K,M):(1,K) / (1,1) / (1,4) keep 1", "coupled-2:4"):
-        assert not is_tiled(Stage.of(s3.parse(text).bind((8, 32)), W), 128)
+        assert not is_tiled(s3.parse(text).bind((8, 32)).stage(W), 128)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import s3lab as s3
-from s3lab.models.layers import generate_layer
+from s3lab.models.measure.layers import generate_layer
 from s3lab.solvers.refine import _Search
 
 ALONE = ["2:4", "1:4", "3:4", "2:4@1x2", "50%/row", "(M,K/4,2,2):(K,4,1,2) / (1,1,1,2) / (1,1,2,1) keep 1"]

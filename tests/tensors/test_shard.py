@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 
 import s3lab as s3
-from s3lab.algebra.stage import Stage
 from s3lab.errors import SolveError
 from s3lab.solvers.base import ScoreSolver
+from s3lab.tensors.processes import ProcessGroup, assemble, find_processes
 from s3lab.tensors.shard import cut
-from s3lab.tensors.team import Team, assemble, find_team
 
 SPECS = {  # the shape, and how many of two processes share the rows
     "2:4": (13, 32, 2),
@@ -63,13 +62,13 @@ class Stumbling(ScoreSolver):
     both: bool = False
 
     def score(self, problem):
-        if problem.team.rank == 0 and self.both:
+        if problem.processes.rank == 0 and self.both:
             raise torch.linalg.LinAlgError("a pivot is not positive")
-        if problem.team.rank == 1 and self.for_good:
+        if problem.processes.rank == 1 and self.for_good:
             raise SolveError("no way")
-        if problem.team.rank == 1 and problem.damp < 0.1:
+        if problem.processes.rank == 1 and problem.damp < 0.1:
             raise torch.linalg.LinAlgError("a pivot is not positive")
-        problem.team.wait()
+        problem.processes.wait()
         return problem.weight.abs()
 
 
@@ -82,26 +81,26 @@ def fail(W, H, both):
 
 def work(out):
     """What each process does: solve all, add to a moment, stumble, and write down what came of it."""
-    with assemble(True) as (team, _):
+    with assemble(True) as (processes, _):
         solutions = solve(distributed=True)
-        X = torch.arange(24.0).view(8, 3) if team.rank else torch.ones(0, 3)
+        X = torch.arange(24.0).view(8, 3) if processes.rank else torch.ones(0, 3)
         moment = s3.Moment()
-        if team.rank:
+        if processes.rank:
             moment.add(X)
-        moment.pool(team, torch.device("cpu"))
+        moment.pool(processes, torch.device("cpu"))
         W, H = layer(4, 8)
         told = {
             "stats": {name: found.stats for name, found in solutions.items()},
             "tokens": moment.tokens,
             "damp": s3.prune(W, "2:4", H, Stumbling(), distributed=True).stats["damp"],
             "failures": [fail(W, H, both) for both in (False, True)],
-            "rows": team.gather(torch.full((team.rank + 1, 1), team.rank)).flatten().tolist(),
-            "first": team.first(torch.tensor([team.rank], dtype=torch.bfloat16)).item(),
+            "rows": processes.gather(torch.full((processes.rank + 1, 1), processes.rank)).flatten().tolist(),
+            "first": processes.first(torch.tensor([processes.rank], dtype=torch.bfloat16)).item(),
         }
         tensors = {f"{name} mask": found.mask for name, found in solutions.items()}
         tensors |= {f"{name} weight": found.weight for name, found in solutions.items()}
-        save_file(tensors | {"H": moment.value()}, f"{out}/{team.rank}.safetensors")
-        Path(f"{out}/{team.rank}.json").write_text(json.dumps(told))
+        save_file(tensors | {"H": moment.value()}, f"{out}/{processes.rank}.safetensors")
+        Path(f"{out}/{processes.rank}.json").write_text(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +157,8 @@ def test_rows_are_gathered_in_order_and_the_first_has_the_say(together):
     assert all(told["rows"] == [0, 1, 1] and told["first"] == 0 for _, told in together)
 
 
-class Seat(Team):
-    """A place in a team of which nobody else is there."""
+class Seat(ProcessGroup):
+    """A place in a group of which nobody else is there."""
 
     def __init__(self, rank, size):
         self.rank, self.size = rank, size
@@ -168,7 +167,7 @@ class Seat(Team):
 def components(part):
     """The rows that scopes tie together, as sets, by merging scope by scope."""
     found = [{row} for row in range(part.shape[0])]
-    for scope in (Stage.of(part, torch.zeros(1)).offsets // part.shape[1]).flatten(1).tolist():
+    for scope in (part.stage(torch.zeros(1)).offsets // part.shape[1]).flatten(1).tolist():
         tied = set(scope)
         inside = [rows for rows in found if rows & tied]
         found = [rows for rows in found if not rows & tied] + [set().union(*inside)]
@@ -191,14 +190,14 @@ def test_shares_are_all_scopes_each_once_with_no_row_in_two(text, size):
     counts = [len(share.rows) for share in shares]
     assert max(counts) - min(counts) <= max(map(len, components(bound)))
     blocks = torch.cat([share.stage.blocks(share.problem.W) for share in shares])  # the weights are their own offsets
-    expected = Stage.of(bound, problem.W).offsets
+    expected = bound.stage(problem.W).offsets
     assert sorted(blocks.long().tolist()) == sorted(expected.tolist())
     assert all((share.stage.goes == bound.B - bound.keep).all() for share in shares)
 
 
 def test_what_is_asked_of_all_processes_needs_some():
     with pytest.raises(SolveError, match="torchrun"):
-        find_team(True)
+        find_processes(True)
     with pytest.raises(SolveError, match="RANK"), assemble(True):
         pass
     with pytest.raises(SolveError, match="torchrun"):
@@ -207,7 +206,10 @@ def test_what_is_asked_of_all_processes_needs_some():
 
 def test_a_process_alone_is_its_own_team():
     assert not distributed.is_initialized()
-    found = [s3.prune(*layer(4, 8)[:1], "2:4", layer(4, 8)[1], distributed=team) for team in (False, Team())]
+    found = [
+        s3.prune(*layer(4, 8)[:1], "2:4", layer(4, 8)[1], distributed=processes)
+        for processes in (False, ProcessGroup())
+    ]
     assert torch.equal(found[0].weight, found[1].weight) and "processes" not in found[0].stats
 
 

@@ -27,7 +27,7 @@ from s3lab.tensors.problem import Problem
 
 if TYPE_CHECKING:
     from s3lab.algebra.partition import Partition
-    from s3lab.models.layers import Layer
+    from s3lab.models.measure.layers import Layer
 
 _DRAWN = 64  # rows and columns of cells that can be told apart
 _MOST = 2**16  # weights: as many as 256×256
@@ -205,9 +205,9 @@ def _arrange(view: View, part: Partition, order: str) -> tuple[list[int], int]:
 @lru_cache(maxsize=4)
 def load_layer(name: str) -> Layer:
     """A layer of the reference model with the second moments of its inputs on a little text."""
-    from s3lab.models import corpus
-    from s3lab.models.layers import layers_of_model
-    from s3lab.models.reference import load_reference
+    from s3lab.models.measure.layers import layers_of_model
+    from s3lab.models.text import corpus
+    from s3lab.models.text.reference import load_reference
 
     model, tokenizer = load_reference()
     calibration, test = (corpus.tokens(tokenizer, split, 256, 16, 0) for split in ("calibration", "test"))

@@ -11,15 +11,15 @@ from ipywidgets import HTML, Button, Dropdown, FloatLogSlider, HBox, Image, IntP
 
 from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError, S3Error
-from s3lab.lab import plot
-from s3lab.lab.background import Background
+from s3lab.lab.draw import plot
+from s3lab.lab.draw.portrait import draw_portrait, measure_rows
+from s3lab.lab.explore.background import Background
 from s3lab.lab.explore.shell import WIDE, Explorer, as_still, write_png
-from s3lab.lab.portrait import draw_portrait, measure_rows
 from s3lab.markup import table
 from s3lab.solvers import SOLVERS
 
 if TYPE_CHECKING:
-    from s3lab.models.layers import Layer as Matrix
+    from s3lab.models.measure.layers import Layer as Matrix
 
 
 def explore_pruning(
@@ -155,9 +155,9 @@ class PruningExplorer(Explorer):
 @lru_cache(maxsize=1)
 def load_layers() -> dict[str, Matrix]:
     """The matrices of the reference model's fourth decoder layer, with second moments of their inputs."""
-    from s3lab.models import corpus
-    from s3lab.models.layers import layers_of_model
-    from s3lab.models.reference import load_reference
+    from s3lab.models.measure.layers import layers_of_model
+    from s3lab.models.text import corpus
+    from s3lab.models.text.reference import load_reference
 
     model, tokenizer = load_reference()
     calibration, test = (

@@ -12,10 +12,10 @@ from ipywidgets import HTML, Button, Checkbox, Dropdown, HBox, Image, Layout
 from matplotlib.figure import Figure
 
 from s3lab.errors import DataError
-from s3lab.lab import plot
+from s3lab.lab.draw import plot
 from s3lab.lab.explore.shell import WIDE, Explorer, as_still, write_png
 from s3lab.markup import table
-from s3lab.models.rundir import MANIFEST
+from s3lab.models.prune.rundir import MANIFEST
 
 _FIGURES = {
     "error of each decoder layer": ("layer", "output_error"),

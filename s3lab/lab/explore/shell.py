@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ipywidgets import HTML, VBox, Widget
 
 from s3lab.errors import S3Error
-from s3lab.lab import plot
+from s3lab.lab.draw import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

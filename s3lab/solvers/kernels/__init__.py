@@ -46,7 +46,7 @@ def is_tiled(stage: Stage, width: int) -> bool:
 
     >>> import torch
     >>> from s3lab import parse
-    >>> [is_tiled(Stage.of(parse(text).bind((2, 8)), torch.ones(2)), 4) for text in ("2:4", "1:2@2x2", "50%/row")]
+    >>> [is_tiled(parse(text).bind((2, 8)).stage(torch.ones(2)), 4) for text in ("2:4", "1:2@2x2", "50%/row")]
     [True, False, False]
     """
     scope, (M, K) = stage.B * stage.E, stage.shape

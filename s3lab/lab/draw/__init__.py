@@ -1,0 +1,1 @@
+"""Pictures: of tables, of patterns and of weights, in one style; they never compute what they show."""

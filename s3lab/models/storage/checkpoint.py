@@ -1,0 +1,105 @@
+"""A pruned model as a Hugging Face directory, with the record of its run and a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s3lab.files import replacing, telling, write
+from s3lab.folder import check_folder
+from s3lab.models.prune.sequential import Run
+from s3lab.models.prune.shrink import Shrunk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECORD = "s3lab.json"
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: str | Path,
+    run: Run,
+    shrunk: Shrunk | None = None,
+) -> Path:
+    """Save a pruned model so that transformers loads it as any other, and return the folder ``out``.
+
+    Beside weights, configuration and tokenizer stand ``s3lab.json``, the settings of the run and all its rows, and
+    ``README.md``, the model card, both with what `shrink` did, if that is given.  Every file appears whole, the
+    configuration last.  Raises DataError for a folder with files that s3lab did not make.
+    """
+    out = Path(out)
+    check_folder(out)
+    begun = out / ".model.s3lab.part"
+    try:
+        with telling(out):
+            model.save_pretrained(begun)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(begun)
+        for path in sorted(begun.iterdir(), key=lambda path: path.name == "config.json"):
+            with replacing(out / path.name) as part:
+                path.replace(part)
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)
+    rows = {"layers": run.layers, "matrices": run.matrices}
+    record = {**run.manifest, "density": run.density, "shrunk": shrunk and asdict(shrunk), **rows}
+    write(out / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    write(out / "README.md", write_card(run, shrunk).encode())
+    return out
+
+
+def write_card(run: Run, shrunk: Shrunk | None = None) -> str:
+    """Return the model card of a run, in Markdown."""
+    settings, facts = run.manifest["settings"], run.manifest["facts"]
+    stored = "Whole parts that were zero are taken out" if shrunk else "Zeros are stored"
+    left = sum(row["density"] == 1 for row in run.matrices)
+    about = {
+        "Pattern": _told(settings["spec"]),
+        "Solver": _told(settings["solver"]),
+        "Weights kept": f"{run.density:.1%} of {len(run.matrices)} matrices" + (f", {left} left dense" if left else ""),
+        "Calibration": f"{facts['calibration_tokens']} tokens in sequences of {facts['length']}",
+        "Damping": settings["damp"],
+        "Second moments": f"of the {settings['hessians']} model",
+        **{key.capitalize(): value for key, value in facts["provenance"].items()},
+        **({"Shrunk": shrunk} if shrunk else {}),
+    }
+    columns = [key for key in run.layers[-1] if key not in ("layer", "time_s")]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in run.matrices:
+        kinds.setdefault(row["name"].rstrip("0123456789").rstrip("."), []).append(row)
+    measures = ("error", "error_test", "weight_error", "density")
+    errors = [[kind, *(_mean(rows, key) for key in measures)] for kind, rows in kinds.items()]
+    parts = (
+        "---\nlibrary_name: transformers\ntags:\n- s3lab\n- pruning\n- sparsity\n---",
+        f"# {settings['model']}, pruned",
+        f"Pruned decoder layer by decoder layer with s3lab.  {stored}, so that transformers loads it "
+        f"as any other model; all figures are in `{RECORD}`.",
+        _table(["", ""], [[key, value] for key, value in about.items()]),
+        "Relative output error by kind of matrix, mean over the layers, on calibration and on held-out tokens:",
+        _table(["matrix", "error", "held out", "weight error", "density"], errors),
+        "The model after each decoder layer:",
+        _table(["layer", *columns], [[row["layer"], *(row.get(key) for key in columns)] for row in run.layers]),
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _told(table: dict[str, str]) -> str:
+    only = list(table) == ["*"]
+    return ", ".join(f"`{value}`" if only else f"`{glob}`: `{value}`" for glob, value in table.items())
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if row[key] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    def cell(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    lines = [head, ["---"] * len(head), *([cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

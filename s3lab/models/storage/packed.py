@@ -1,0 +1,168 @@
+"""A pruned model's folder as a packed one, and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from s3lab.algebra.patterns import parse
+from s3lab.errors import DataError, SpecError
+from s3lab.files import write
+from s3lab.models.storage.checkpoint import RECORD
+from s3lab.models.storage.quantizer import METHOD
+from s3lab.packing.codec import ALONE, pack
+from s3lab.packing.file import (
+    INDEX,
+    VERSION,
+    Entry,
+    find_files,
+    read_packed,
+    read_tensors,
+    seal,
+    write_tensors,
+)
+from s3lab.packing.values import Kind
+
+CONFIG = "config.json"
+
+
+def pack_model(folder: str | Path, out: str | Path, *, values: Kind = "same", group: int = 128) -> dict[str, str]:
+    """Pack a pruned model of ``folder`` into ``out``, and return why matrices of its record were left dense, by name.
+
+    The record ``s3lab.json``, as `save_pruned` writes it, says which matrices were pruned by which spec.  Matrices that
+    the run or `shrink` left dense stay so.  ``values`` and ``group`` are those of `codec.pack`.  The new folder loads
+    by ``AutoModelForCausalLM.from_pretrained`` after ``import s3lab``; the files beside the weights are copied.
+
+    Raises DataError for a folder without record, weights or config, or one that is packed already, SpecError for a
+    matrix that is not pruned as the record says.
+    """
+    folder, out = Path(folder), Path(out)
+    record, config = _read_json(folder / RECORD), _read_json(folder / CONFIG)
+    if "quantization_config" in config:
+        raise DataError(f"{folder} holds a packed or quantised model: give the folder of a pruned one")
+    tensors, _ = read_tensors(find_files(folder))
+    entries: list[Entry] = []
+    dense: dict[str, str] = {}
+    for spec, rows in _group(record, folder):
+        found = _find(spec, rows, tensors)
+        if isinstance(found, str):
+            dense |= {f"layer {row['layer']} {row['name']}": found for row in rows}
+            continue
+        keys, ways, changed = found
+        try:
+            entries.append(_pack(spec, keys, ways, tensors, values, group))
+        except SpecError as error:
+            if not changed:
+                raise SpecError(f"{' & '.join(keys.values())}: {error}") from error
+            dense |= {name: "of another shape than it was pruned in" for name in keys.values()}
+    taken = {f"{name}.weight" for entry in entries for name in entry.names.values()}
+    stored = {name: tensor for name, tensor in tensors.items() if name not in taken}
+    for entry in entries:
+        stored |= entry.tensors()
+    config["quantization_config"] = {"quant_method": METHOD, "version": VERSION}
+    _save(folder, out, stored, seal([entry.describe() for entry in entries], stored).write(), config)
+    return dense
+
+
+def unpack_model(folder: str | Path, out: str | Path) -> None:
+    """Write the model of a packed folder as a dense one, every weight as it was before, into ``out``.
+
+    Where values were rounded, the weights are the rounded ones.  Raises DataError as `file.read_packed` does.
+    """
+    folder, out = Path(folder), Path(out)
+    config = _read_json(folder / CONFIG)
+    entries, tensors = read_packed(folder)
+    config.pop("quantization_config", None)
+    for entry in entries:
+        tensors |= entry.unpack()
+    _save(folder, out, tensors, {"format": "pt"}, config)
+
+
+def _group(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield each spec of a record with the rows of the matrices it pruned together, in the order of its names."""
+    try:
+        rows = list(record["matrices"])
+        at = 0
+        while at < len(rows):
+            spec = rows[at]["spec"]
+            count = len(parse(spec).names) or 1
+            together = rows[at : at + count]
+            if len(together) < count or any(row["spec"] != spec for row in together):
+                raise ValueError(f"{spec} is of {count} matrices")
+            yield spec, together
+            at += count
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / RECORD} is no record of a pruned model ({error}): prune the model again") from error
+
+
+def _pack(
+    spec: str,
+    keys: dict[str, str],
+    ways: list[frozenset[str]],
+    tensors: Mapping[str, Tensor],
+    values: Kind,
+    group: int,
+) -> Entry:
+    """The matrices of ``keys`` packed, those of the first of ``ways`` that fits taken to be stored (K, M)."""
+    stored = {key: tensors[f"{name}.weight"] for key, name in keys.items()}
+    errors = []
+    for turned in ways:
+        weights = {key: W.T if keys[key] in turned else W for key, W in stored.items()}
+        try:
+            return Entry(pack(weights.get(ALONE, weights), spec, values=values, group=group), keys, turned)
+        except SpecError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _find(
+    spec: str, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]
+) -> str | tuple[dict[str, str], list[frozenset[str]], bool]:
+    """The names of the matrices of rows by those of their spec, which may be stored (K, M), and if a shape is another.
+
+    Or why they stay dense.  A square does not tell which way round it is stored.
+    """
+    if all(row["density"] == 1 for row in rows):
+        return "left dense by the run"
+    keys, turned, square, changed = {}, set(), set(), False
+    for key, row in zip(parse(spec).names or (ALONE,), rows, strict=True):
+        end = f".{row['layer']}.{row['name']}.weight"
+        names = [name for name in tensors if f".{name}".endswith(end) and tensors[name].ndim == 2]
+        if len(names) != 1:
+            return "not stored as one matrix"
+        keys[key] = names[0].removesuffix(".weight")
+        shape = list(tensors[names[0]].shape)
+        if shape != row["shape"] and shape[::-1] == row["shape"]:
+            turned.add(keys[key])
+        if shape == shape[::-1]:
+            square.add(keys[key])
+        changed |= sorted(shape) != sorted(row["shape"])
+    return keys, [frozenset(turned), *([frozenset(turned | square)] if square else [])], changed
+
+
+def _save(
+    folder: Path, out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any]
+) -> None:
+    """Write a model into a folder, and beside it what else stands in the old one; the config last."""
+    if out.resolve() == folder.resolve():
+        raise DataError(f"{out} is the model itself: give another folder")
+    write_tensors(tensors, metadata, out)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in (CONFIG, INDEX):
+            shutil.copyfile(path, out / path.name)
+    write(out / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): give the folder of a model that s3lab pruned") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no settings: give the folder of a model that s3lab pruned")
+    return found

@@ -1,4 +1,4 @@
-# make lab | reproduce | test | mutate | lint | docs | clean       (make help says more)
+# make lab | reproduce | test | mutate | gpu | lint | docs | clean       (make help says more)
 PYTHON   ?= python3
 PROFILE  ?= quick
 JOBS     ?= $(if $(filter quick,$(PROFILE)),2,1)
@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install lab reproduce test mutate lint docs clean
+.PHONY: help install lab reproduce test mutate gpu lint docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "                 another profile: into figures/PROFILE, one by one, what is up to date is left; a stopped one goes on"
 	@echo "make test        the whole test suite, notebooks included       ARGS='-k layout'"
 	@echo "make mutate      faults put into FILES='s3lab/…', one by one: do tests notice?  ARGS='--sample 60'"
+	@echo "make gpu         tests, solvers at the paper's size and kernels on a GPU, by $(PYTHON) as it is; a stopped one goes on"
 	@echo "make docs        the documentation, into site/, from pages, docstrings and notebooks"
 	@echo "make lint        ruff, pyright, and notebooks without outputs"
 	@echo "make clean       remove .venv, caches and executed notebooks; figures stay"
@@ -55,6 +56,10 @@ test: install
 
 mutate: install
 	@PYTHONPATH=. $(BIN)/python benchmarks/mutate.py $(FILES) $(ARGS)
+
+# Installs nothing: a machine with a GPU may have torch and triton, and no network.
+gpu:
+	@PYTHONPATH=. $(PYTHON) benchmarks/measure_gpu.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ from s3lab.files import write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TREE = ["s3lab", "tests", "conftest.py", "pyproject.toml", ":(exclude)s3lab/models/weights"]
+TREE = ["s3lab", "tests", "conftest.py", "pyproject.toml", ":(exclude)s3lab/models/text/weights"]
 SURVIVOR = "file", "function", "before", "after", "reason"
 SCORES = ["solvers/test_truths.py::test_scores_alone_pick_the_masks_of_their_papers", "solvers/test_ria.py"]
 SOBS = [

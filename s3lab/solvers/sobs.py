@@ -57,7 +57,7 @@ class SOBS(Solver):
     16
     """
 
-    batch: int = 32
+    batch: int = 8
     order: Literal["cost", "left"] = "cost"
     scoring: Literal["joint", "independent"] = "joint"
     rounds: int = 16

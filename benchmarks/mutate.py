@@ -37,7 +37,7 @@ from s3lab.files import write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TREE = ["s3lab", "tests", "conftest.py", "pyproject.toml", ":(exclude)s3lab/models/text/weights"]
+TREE = ["s3lab", "tests", "notebooks/profiles", "conftest.py", "pyproject.toml", ":(exclude)s3lab/models/text/weights"]
 SURVIVOR = "file", "function", "before", "after", "reason"
 SCORES = ["solvers/test_truths.py::test_scores_alone_pick_the_masks_of_their_papers", "solvers/test_ria.py"]
 SOBS = [
@@ -77,7 +77,7 @@ SETTINGS = """
 source_paths = ["s3lab"]
 only_mutate = [{file!r}]
 pytest_add_cli_args_test_selection = {tests!r}
-also_copy = ["conftest.py"]
+also_copy = ["conftest.py", "notebooks"]
 process_isolation = "forkserver"
 use_git_change_detection = false
 timeout_multiplier = 4.0

@@ -4,8 +4,8 @@
 
 The files and their tests are those of a commit, ``--at``, HEAD by default; what is not committed has no part in it.
 mutmut makes the faults and runs the tests that reach them.  It leaves decorated functions as they are, properties
-among them; faults in nothing but the wording of a text are left out.  Of the others all are tried, or ``--sample`` of
-them, drawn with ``--seed``.
+among them; faults in nothing but the wording of a text, or in the strictness of a
+zip, are left out.  Of the others all are tried, or ``--sample`` of them, drawn with ``--seed``.
 
 benchmarks/results/mutation_scores.csv has a row for each file and commit, mutation_survivors.csv what nobody noticed in
 the last run of a file, with the reasons that were written there by hand for the same change.
@@ -37,7 +37,7 @@ from s3lab.files import write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TREE = ["s3lab", "tests", "conftest.py", "pyproject.toml", ":(exclude)s3lab/models/text/weights"]
+TREE = ["s3lab", "tests", "notebooks/profiles", "conftest.py", "pyproject.toml", ":(exclude)s3lab/models/text/weights"]
 SURVIVOR = "file", "function", "before", "after", "reason"
 SCORES = ["solvers/test_truths.py::test_scores_alone_pick_the_masks_of_their_papers", "solvers/test_ria.py"]
 SOBS = [
@@ -52,7 +52,7 @@ TESTS = {
     "s3lab/algebra/spec.py": ["algebra/test_partition.py", "algebra/test_text.py"],
     "s3lab/tensors/proximal.py": ["tensors/test_proximal.py"],
     "s3lab/solvers/__init__.py": ["solvers/test_damping.py", "solvers/test_coupled.py", REFUSALS],
-    "s3lab/solvers/admm.py": ["solvers/test_admm.py", REFUSALS],
+    "s3lab/solvers/admm.py": ["solvers/test_admm.py", "solvers/test_coupled.py", REFUSALS],
     "s3lab/solvers/base.py": ["solvers/test_coupled.py", "solvers/test_salient.py", REFUSALS],
     "s3lab/solvers/damping.py": ["solvers/test_damping.py"],
     "s3lab/solvers/elimination.py": SOBS,
@@ -77,7 +77,7 @@ SETTINGS = """
 source_paths = ["s3lab"]
 only_mutate = [{file!r}]
 pytest_add_cli_args_test_selection = {tests!r}
-also_copy = ["conftest.py"]
+also_copy = ["conftest.py", "notebooks"]
 process_isolation = "forkserver"
 use_git_change_detection = false
 timeout_multiplier = 4.0
@@ -85,7 +85,10 @@ timeout_multiplier = 4.0
 
 
 class _Wordless(ast.NodeTransformer):
-    """Takes the texts out of a function."""
+    """Takes out of a function its texts, and whether a zip is strict, which tells where lengths differ, and nothing."""
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST | None:
+        return None if node.arg == "strict" else self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> ast.Constant:
         return ast.Constant("") if isinstance(node.value, str) else node

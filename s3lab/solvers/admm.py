@@ -83,8 +83,9 @@ class ADMM(Solver):
 
     @property
     def _schedule(self) -> tuple[float, float, int]:
-        rho, growth, hold = _EFFORTS[self.effort]
-        return self.rho or rho, self.growth or growth, self.hold or hold
+        given = zip((self.rho, self.growth, self.hold), _EFFORTS[self.effort], strict=True)
+        rho, growth, hold = (default if own is None else own for own, default in given)
+        return rho, growth, int(hold)
 
     def solve(self, problem: Problem, bound: Bound) -> tuple[Tensor, Tensor, dict[str, Any]]:
         stage = bound if isinstance(bound, Stage) else bound.first_part.stage(problem.weight)

@@ -2,8 +2,11 @@
 
     pip install --no-deps sparsekit==0.1.5
     python benchmarks/compare_sobs.py [--size 384 1536] [--size 96 3072] [--repeats 3]
+    python benchmarks/compare_sobs.py --unseen 10
 
-Prints a table for each size, M and K, and appends to benchmarks/results/compare_sobs.csv.  SparseKit is under a
+Prints a table for each size, M and K, and appends to benchmarks/results/compare_sobs.csv.  ``--unseen`` compares errors
+on so many of the layers that `compare_solvers.py --suite unseen` draws, on three patterns whose blocks or scopes are
+wider than a weight, into compare_sobs_unseen.csv.  SparseKit is under a
 non-commercial licence and is no dependency of s3lab.
 """
 
@@ -17,32 +20,27 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
-from torch.nn import Parameter
+from compare_solvers import draw_unseen
+from peers import run_sparsekit_sobs
+from tqdm import tqdm
 
 import s3lab as s3
+from s3lab.files import write
 from s3lab.lab.run.record import device_name
 from s3lab.models.measure.layers import generate_layer
 from s3lab.tensors.meter import Meter
 
 RESULTS = Path(__file__).parent / "results" / "compare_sobs.csv"
-
-
-def run_sparsekit(W: torch.Tensor, H: torch.Tensor, damp: float) -> torch.Tensor:
-    """Prune a copy of W in place with SparseKit's true OBS at the same damping, 16 rows at a time, its default."""
-    from sparsekit import BlockSpec, ScopeSpec, StructuredOBS
-
-    parameter = Parameter(W.clone())
-    obs = StructuredOBS(ScopeSpec(BlockSpec(parameter, shape=(1, 1)), shape=(1, 4)), H, damp=damp)
-    obs.prune_true_obs(nnz=2, ng=64, order="largest_first", c_dtype=torch.float32)
-    return parameter.detach()
+WIDE = ["block16", "coupled-2:4", "2:4@1x2"]
 
 
 def compare(M: int, K: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each method on one layer, SparseKit's first."""
     layer = generate_layer(M, K, args.tokens)
     ours = {"s3lab S-OBS, rows=16": s3.SOBS(rows=16), "s3lab S-OBS": s3.SOBS()}
-    methods = {"sparsekit S-OBS, rows=16": lambda: run_sparsekit(layer.W, layer.H, args.damp)} | {
+    methods = {"sparsekit S-OBS, rows=16": lambda: run_sparsekit_sobs(layer.W, layer.H, args.damp)} | {
         name: lambda solver=solver: s3.prune(layer.W, "2:4", layer.H, solver, damp=args.damp).weight
         for name, solver in ours.items()
     }
@@ -64,12 +62,30 @@ def compare(M: int, K: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def compare_unseen(count: int, damp: float) -> list[dict[str, Any]]:
+    """Return the errors of both on layers of SmolLM2, of SparseKit's the lower of its two scorings."""
+    rows: list[dict[str, Any]] = []
+    for layer in tqdm(draw_unseen("cpu", count), total=count):
+        for pattern in WIDE:
+            theirs = [
+                run_sparsekit_sobs(layer.W, layer.H, damp, pattern, scoring=name) for name in ("independent", "joint")
+            ]
+            ours = s3.prune(layer.W, pattern, layer.H, "sobs", damp=damp).weight
+            row = {"layer": layer.name, "M": layer.W.shape[0], "K": layer.W.shape[1], "pattern": pattern}
+            for split, H in (("error", layer.H), ("error_test", layer.H_test)):
+                row |= {f"sparsekit_{split}": min(s3.output_error(W, layer.W, H) for W in theirs)}
+                row |= {f"s3lab_{split}": s3.output_error(ours, layer.W, H)}
+            rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, nargs=2, action="append", metavar=("M", "K"))
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--damp", type=float, default=1e-2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--unseen", type=int, metavar="LAYERS")
     args = parser.parse_args()
 
     facts = {
@@ -84,6 +100,15 @@ def main() -> None:
         ).stdout.strip(),
     }
     RESULTS.parent.mkdir(exist_ok=True)
+    if args.unseen:
+        table = pd.DataFrame([row | facts for row in compare_unseen(args.unseen, args.damp)])
+        write(RESULTS.with_name("compare_sobs_unseen.csv"), table.to_csv(index=False).encode())
+        for split in ("error", "error_test"):
+            ratio = table[f"s3lab_{split}"] / table[f"sparsekit_{split}"]
+            print(
+                f"{split}: s3lab / SparseKit, mean and largest\n{ratio.groupby(table['pattern']).agg(['mean', 'max'])}"
+            )
+        return
     for M, K in args.size or [(384, 1536), (96, 3072)]:
         rows = compare(M, K, args)
         fresh = not RESULTS.exists()

@@ -84,16 +84,19 @@ def run_speed(device: str, methods: list[str], repeats: int, sizes: list[tuple[i
         yield from ({"pattern": "2:4", **row} for row in bench.measure(ready, layer, repeats, count=False))
 
 
-def run_unseen(device: str, methods: list[str] | None, cases: int) -> Iterator[dict]:
-    """Yield the rows of a third of SmolLM2's matrices, drawn with seed 0, each with ``cases`` patterns of its own."""
+def draw_unseen(device: str, count: int) -> Iterator[Layer]:
+    """Yield so many of SmolLM2's matrices, drawn with seed 0; a third of them, 70, is what nothing is tuned on."""
     model, tokenizer = load_model("smollm2", "float32", device)
-    draw = Random(0)
-    names = [name for name in find_linears(model, "model.layers.*")]
-    patterns = [text.replace("_", " ") for text in UNSEEN.split()]
-    chosen = {name: draw.sample(patterns, cases) for name in sorted(draw.sample(names, len(names) // 3))}
+    names = Random(0).sample(list(find_linears(model, "model.layers.*")), 70)[:count]
     tokens = [corpus.tokens(tokenizer, split, 512, count, 0).to(device) for split, count in UNSEEN_TOKENS.items()]
-    for layer in tqdm(layers_of_model(model, *tokens, list(chosen)), total=len(chosen), desc="unseen"):
-        for pattern in chosen[layer.name]:
+    yield from layers_of_model(model, *tokens, names)
+
+
+def run_unseen(device: str, methods: list[str] | None, cases: int) -> Iterator[dict]:
+    """Yield the rows of the unseen matrices, each with ``cases`` patterns of its own."""
+    draw, patterns = Random(0), [text.replace("_", " ") for text in UNSEEN.split()]
+    for layer in tqdm(draw_unseen(device, 70), total=70, desc="unseen"):
+        for pattern in draw.sample(patterns, cases):
             ready = bench.make_methods(layer, pattern, methods or UNSEEN_METHODS, DAMP)
             yield from ({"pattern": pattern, **row} for row in bench.measure(ready, layer, count=False))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import s3lab as s3
+from s3lab.algebra.spec import bind_sizes
 
 
 def find_peers(W: Tensor, H: Tensor, pattern: str, damp: float) -> dict[str, Callable[[], Tensor]]:
@@ -40,14 +41,24 @@ def find_peers(W: Tensor, H: Tensor, pattern: str, damp: float) -> dict[str, Cal
     return peers
 
 
-def run_sparsekit_sobs(W: Tensor, H: Tensor, damp: float) -> Tensor:
-    """Prune a copy of W to 2:4 with SparseKit's true OBS, 16 rows at a time, as it does by default."""
-    from sparsekit import BlockSpec, ScopeSpec, StructuredOBS
+def run_sparsekit_sobs(W: Tensor, H: Tensor, damp: float, pattern: str = "2:4", **options: str) -> Tensor:
+    """Prune a copy of W with SparseKit's true OBS, 16 rows at a time and largest scopes first, in float32.
 
-    parameter = Parameter(W.clone())
-    obs = StructuredOBS(ScopeSpec(BlockSpec(parameter, shape=(1, 1)), shape=(1, 4)), H, damp=damp)
-    obs.prune_true_obs(nnz=2, ng=64, order="largest_first", c_dtype=torch.float32)
-    return parameter.detach()
+    ``pattern`` is a spec of one view whose scopes keep a number of blocks; ``options`` are its ``scoring`` and the like.
+    """
+    from sparsekit import BlockSpec, ScopeSpec, StructuredOBS, View
+
+    spec = s3.parse(pattern)
+    assert isinstance(spec, s3.Spec)
+    M, K = W.shape
+    shape, stride, block, scope = (
+        bind_sizes(sizes, M, K) for sizes in (spec.view.shape, spec.view.stride, spec.block.shape, spec.scope.shape)
+    )
+    weight = Parameter(W.clone())
+    obs = StructuredOBS(ScopeSpec(BlockSpec(View(weight, shape, stride), shape=block), shape=scope), H, damp=damp)
+    keep = spec.bind((M, K)).keep
+    obs.prune_true_obs(nnz=keep, ng=64, order="largest_first", c_dtype=torch.float32, **options)
+    return weight.detach()
 
 
 def loop_sparsegpt(W: Tensor, H: Tensor, damp: float) -> Tensor:

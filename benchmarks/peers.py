@@ -44,7 +44,7 @@ def find_peers(W: Tensor, H: Tensor, pattern: str, damp: float) -> dict[str, Cal
 def run_sparsekit_sobs(W: Tensor, H: Tensor, damp: float, pattern: str = "2:4", **options: str) -> Tensor:
     """Prune a copy of W with SparseKit's true OBS, 16 rows at a time and largest scopes first, in float32.
 
-    ``pattern`` is a spec of one view whose scopes keep a number of blocks; ``options`` are its ``scoring`` and the like.
+    ``pattern`` is a spec of one view whose scopes keep a number of blocks; ``options`` are those of theirs.
     """
     from sparsekit import BlockSpec, ScopeSpec, StructuredOBS, View
 

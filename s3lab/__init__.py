@@ -10,6 +10,7 @@ from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
 from s3lab.models.activations import Activation
 from s3lab.models.calibrate import sparsify
 from s3lab.models.quantizer import install as _install
+from s3lab.models.search.allocate import Allocation, allocate
 from s3lab.models.sequential import prune_model
 from s3lab.solvers import (
     ADMM,
@@ -43,6 +44,7 @@ __all__ = [
     "SRSTE",
     "STE",
     "Activation",
+    "Allocation",
     "Block",
     "Coupled",
     "DataError",
@@ -74,6 +76,7 @@ __all__ = [
     "Then",
     "View",
     "Wanda",
+    "allocate",
     "densify",
     "hessian",
     "output_error",

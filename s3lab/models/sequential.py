@@ -163,20 +163,10 @@ def prune_model(
         "min_tokens": min_tokens,
     }
     team, decoder, place = find_team(distributed), find_decoder(model), torch.device(device or model.device)
-    ids = calibration
-    if not isinstance(ids, Tensor):
-        if tokenizer is None:
-            raise DataError(f"the text of {str(ids)!r} needs a tokenizer: give the model's, or ready sequences")
-        ids = corpus.tokens(tokenizer, "calibration", length, sequences, seed, ids)
+    ids = find_sequences(tokenizer, calibration, sequences, length, seed)
     recipe = Recipe(choose_jobs(decoder, model.config, tables), choose(decoder, solvers), **options)
     chunks = cut_chunks(ids, held_out, batch, seed)
-    source = {
-        **_fingerprint(model),
-        "calibration": hash_tensors({"ids": ids}),
-        "held_out": held_out,
-        "batch": batch,
-        "seed": seed,
-    }
+    source = describe_source(model, ids, held_out, batch, seed)
     settings = {
         **source,
         "spec": write_tables(tables),
@@ -197,7 +187,7 @@ def prune_model(
         "provenance": dict(provenance or {}),
     }
     own = out if team.rank == 0 else None
-    with torch.no_grad(), team.united(), claim(own), _as_evaluated(model, decoder):
+    with torch.no_grad(), team.united(), claim(own), as_evaluated(model, decoder):
         _check_alike(team, settings)
         rundir = None if out is None else RunDir(out, settings, facts, team)
         done = sum(len(record["matrices"]) for record in rundir.layers) if rundir else 0
@@ -291,7 +281,7 @@ def _restore(rundir: RunDir, decoder: Decoder, index: int) -> None:
 
 
 @contextmanager
-def _as_evaluated(model: PreTrainedModel, decoder: Decoder) -> Iterator[None]:
+def as_evaluated(model: PreTrainedModel, decoder: Decoder) -> Iterator[None]:
     """Have the model in evaluation mode, and its experts, if any, multiply one by one as its own code says."""
     training, experts = model.training, getattr(model.config, "_experts_implementation", "eager")
     stacked = any(m.expert is not None for matrices in decoder.matrices for m in matrices.values())
@@ -343,8 +333,23 @@ def _check_alike(team: Team, settings: dict[str, Any]) -> None:
         raise DataError("the processes have different models, sequences or settings: give all of them the same")
 
 
-def _fingerprint(model: PreTrainedModel) -> dict[str, str]:
-    """What tells one model from another: its class, its configuration and its weights."""
+def find_sequences(
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: str | Path | Integer[Tensor, "N L"],
+    sequences: int,
+    length: int,
+    seed: int,
+) -> Tensor:
+    """Return the sequences (N, L) to calibrate on, as `prune_model` takes them."""
+    if isinstance(calibration, Tensor):
+        return calibration
+    if tokenizer is None:
+        raise DataError(f"the text of {str(calibration)!r} needs a tokenizer: give the model's, or ready sequences")
+    return corpus.tokens(tokenizer, "calibration", length, sequences, seed, calibration)
+
+
+def describe_source(model: PreTrainedModel, ids: Tensor, held_out: float, batch: int, seed: int) -> dict[str, Any]:
+    """Return what tells second moments of a model's inputs from others: the model, and the sequences cut so."""
     config = {**model.config.to_dict(), "attention": model.config._attn_implementation}
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
@@ -353,4 +358,8 @@ def _fingerprint(model: PreTrainedModel) -> dict[str, str]:
         "model": type(model).__name__,
         "config": hashlib.sha256(text.encode()).hexdigest(),
         "weights": hash_tensors(dict(model.named_parameters())),
+        "calibration": hash_tensors({"ids": ids}),
+        "held_out": held_out,
+        "batch": batch,
+        "seed": seed,
     }

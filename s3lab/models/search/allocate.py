@@ -1,0 +1,349 @@
+"""Which matrix of a model gets how much of a budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from s3lab.errors import SpecError
+from s3lab.files import write
+from s3lab.folder import claim
+from s3lab.markup import table
+from s3lab.models.decoder import Decoder, find_decoder
+from s3lab.models.flow import Flow, cut_chunks
+from s3lab.models.moments import keep_moments
+from s3lab.models.search.cost import COSTS, Cost
+from s3lab.models.search.curves import Curves
+from s3lab.models.search.error import weigh_errors
+from s3lab.models.search.evolve import Perplexities, Search, evolve
+from s3lab.models.search.knapsack import Choice, choose
+from s3lab.models.search.ladder import Ladder, build_ladders, write_table
+from s3lab.models.search.loss import measure_sensitivity
+from s3lab.models.search.owl import aim_by_outliers
+from s3lab.models.search.uniform import aim_at_shares, find_plain
+from s3lab.models.sequential import as_evaluated, describe_source, find_sequences
+from s3lab.shapes import Integer
+from s3lab.solvers import make_solver
+from s3lab.solvers.base import Solver
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECORD = "allocation.json"
+TOLERANCE = 0.005  # of the budget: how near to it a choice must come
+
+
+@dataclass(frozen=True)
+class Allocation(Mapping[str, str]):
+    """A table of specs by glob or name, as `prune_model` takes it, and why: ``rows``, one a ladder, and ``facts``.
+
+    A row tells the spec chosen, what it costs and what share of the dense cost that is, the relative error of its
+    solve, and the ``curve``, the error of each rung, where the method has solved them.  ``share`` is what all cost of
+    the dense cost.
+
+    >>> Allocation({"*": "2:4"}, [], {"share": 0.5})["*"]
+    '2:4'
+    """
+
+    table: dict[str, str]
+    rows: list[dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, glob: str) -> str:
+        return self.table[glob]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def share(self) -> float:
+        """What all cost, as a share of the dense cost."""
+        return self.facts["share"]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All that is known of it, as JSON holds it."""
+        return {**self.facts, "rows": self.rows}
+
+    def __str__(self) -> str:
+        counts = Counter(row["spec"] for row in self.rows)
+        told = ", ".join(f"{text} ×{count}" for text, count in sorted(counts.items(), key=lambda item: -item[1]))
+        return f"{self.share:.2%} of {self.facts['cost']} by {self.facts['method']}: {told}"
+
+    def _repr_html_(self) -> str:
+        return table([{key: value for key, value in row.items() if key != "curve"} for row in self.rows])
+
+
+def allocate(
+    model: PreTrainedModel,
+    family: str | Mapping[str, str],
+    target: str | float,
+    method: str = "error",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    cost: str | Cost = "bytes",
+    solver: str | Solver = "sparsegpt",
+    calibration: str | Path | Integer[Tensor, "N L"] = "stdlib",
+    sequences: int = 128,
+    length: int = 256,
+    damp: float = 1e-2,
+    held_out: float = 0.1,
+    scarce: float | None = None,
+    min_tokens: int | None = None,
+    moments: str | Path | None = None,
+    batch: int = 8,
+    seed: int = 0,
+    windows: int = 8,
+    search: Search | None = None,
+    out: str | Path | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | Callable[[int, str], object] = True,
+) -> Allocation:
+    """Return the specs by which a model meets a budget, chosen from a family for each matrix: a table for `prune_model`.
+
+    ``family`` is a text with an open place, such as ``{n}:16``, ``{n}:8@1x2``, ``{p}% columns`` or
+    ``mlp-channels keep {p}%``, as `read_family` takes it, or a table of globs with such texts and "dense".
+    ``target`` is a share of what the dense matrices of the family cost, ``"50%"`` or 0.5, which is met within 0.5 %.
+    ``cost`` is "bytes" as the packing codec counts them, "weights" kept, or a function such as
+    `search.cost.MeasuredTime`.
+
+    ============  ==================================================================================================
+    ``uniform``   the same share of each; a single spec where one costs just so
+    ``owl``       more of decoder layers with more outliers
+    ``error``     least sum of squared relative output errors, each rung solved once, by a knapsack
+    ``loss``      the same, times how the loss of ``windows`` calibration sequences answers to each matrix's error
+    ``search``    from there on by evolution, on the perplexity of these sequences
+    ============  ==================================================================================================
+
+    Errors are those of ``solver`` with ``damp`` on second moments of the dense model's inputs, one passage for all
+    rungs; calibration is that of `prune_model`.  ``moments`` is its folder too.  ``out`` keeps moments, curves and
+    ``allocation.json``, the record: the same call goes on there, and other targets, methods and costs solve nothing
+    again.  ``progress`` is a bar, or a function of each solve's layer and spec.  The model is as it was.
+
+    Raises SpecError for a family that does not fit, and a target that it does not reach within 0.5 %, saying what it
+    does; DataError as `prune_model` does.  Cost: a forward pass of each layer, and a solve of each matrix a rung.
+
+    >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+    >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    >>> model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    >>> found = allocate(model, "{n}:16", "50%", cost="weights", calibration=torch.arange(64).view(4, 16), progress=False)
+    >>> len(found), f"{found.share:.1%}", set(found.values()) <= {f"{n}:16" for n in range(1, 16)} | {"dense"}
+    (14, '50.0%', True)
+    """
+    if method not in METHODS:
+        raise SpecError(f"no method is called {method!r}: use one of {', '.join(METHODS)}")
+    if isinstance(cost, str) and cost not in COSTS:
+        raise SpecError(f"no cost is called {cost!r}: use {' or '.join(COSTS)}, or a function")
+    families, share = {"*": family} if isinstance(family, str) else dict(family), read_target(target)
+    decoder = find_decoder(model)
+    weigh = COSTS[cost] if isinstance(cost, str) else cost
+    ladders, dense = build_ladders(decoder, model.config, families, weigh)
+    dense_cost = sum(ladder.rungs[-1].cost for ladder in ladders)
+    lowest = sum(ladder.rungs[0].cost for ladder in ladders) / dense_cost
+    if not lowest <= share * (1 + TOLERANCE):
+        raise SpecError(f"{share:.4%} of the dense cost is below {lowest:.4%}, the least of {family!r}: give more")
+    ids = find_sequences(tokenizer, calibration, sequences, length, seed)
+    chunks = cut_chunks(ids, held_out, batch, seed)
+    seen = torch.cat([chunk.ids for chunk in chunks if not chunk.held_out])[:windows]
+    source = describe_source(model, ids, held_out, batch, seed)
+    place = torch.device(device or model.device)
+    with _folder(out) as folder, as_evaluated(model, decoder), _report(progress) as tell:
+
+        def find_moments() -> Sequence[Path]:
+            with torch.no_grad():
+                begin = lambda: Flow(model, decoder, chunks, place)  # noqa: E731
+                return keep_moments(moments or folder / "moments", source, begin)
+
+        options = {"damp": damp, "scarce": scarce, "min_tokens": min_tokens}
+        task = _Task(
+            model, decoder, ladders, share, share * dense_cost, find_moments, source, folder, make_solver(solver),
+            options, seen, search or Search(seed=seed), tell,
+        )  # fmt: skip
+        choice, told = METHODS[method](task)
+        reached = choice.cost / dense_cost
+        if abs(choice.cost - task.budget) > TOLERANCE * task.budget:
+            raise SpecError(
+                f"the nearest that {method!r} comes to {share:.4%} with {family!r} is {reached:.4%}: give that, or a "
+                "finer family"
+            )
+        facts = {
+            "method": method,
+            "family": families,
+            "target": share,
+            "cost": cost if isinstance(cost, str) else repr(cost),
+            "share": reached,
+            "solver": repr(task.solver) if task.errors else None,
+            "damp": damp,
+            "source": source,
+            "loss": choice.loss,
+            "bound": choice.bound,
+            "price": choice.price,
+            **told,
+        }
+        found = Allocation(write_table(ladders, choice.rungs, dense), _write_rows(task, choice), facts)
+        if out is not None:
+            write(folder / RECORD, (json.dumps(found.record, indent=1) + "\n").encode())
+    return found
+
+
+def read_target(target: str | float) -> float:
+    """Return a share from "50%" or 0.5; SpecError for what is none above 0 and up to 1.
+
+    >>> read_target("62.5%"), read_target(0.5)
+    (0.625, 0.5)
+    """
+    try:
+        text = str(target).strip()
+        share = float(Fraction(text[:-1]) / 100 if text.endswith("%") else Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        share = 0.0
+    if not 0 < share <= 1:
+        raise SpecError(f"{target!r} is no share of the dense cost: give one above 0, such as 50% or 0.5")
+    return share
+
+
+@dataclass(eq=False)
+class _Task:
+    """What the methods are given; moments and curves are made when the first asks for them."""
+
+    model: PreTrainedModel
+    decoder: Decoder
+    ladders: list[Ladder]
+    share: float
+    budget: float
+    find_moments: Callable[[], Sequence[Path]]
+    source: Mapping[str, Any]
+    folder: Path
+    solver: Solver
+    options: Mapping[str, Any]
+    windows: Tensor
+    search: Search
+    tell: Callable[[int, str], object]
+    errors: list[list[float]] | None = None
+
+    @cached_property
+    def moments(self) -> Sequence[Path]:
+        return self.find_moments()
+
+    @property
+    def costs(self) -> list[list[float]]:
+        return [ladder.costs for ladder in self.ladders]
+
+    def solve(self, kept: bool = False) -> Curves:
+        """Have every rung solved, for ``errors``."""
+        curves = Curves(
+            self.decoder, self.ladders, self.moments, self.source, self.folder / "curves", self.solver, self.options,
+            kept, self.tell,
+        )  # fmt: skip
+        self.errors = curves.measure()
+        return curves
+
+    def choose(self, losses: list[list[float]]) -> Choice:
+        return choose(self.costs, losses, self.budget)
+
+
+def _uniform(task: _Task) -> tuple[Choice, dict[str, Any]]:
+    losses = aim_at_shares(task.ladders, [1.0] * len(task.ladders))
+    if (plain := find_plain(task.ladders, task.budget, TOLERANCE)) is None:
+        return task.choose(losses), {}
+    cost, loss = (sum(row[r] for row, r in zip(rows, plain, strict=True)) for rows in (task.costs, losses))
+    return Choice(tuple(plain), cost, loss, 0.0, loss), {}
+
+
+def _owl(task: _Task) -> tuple[Choice, dict[str, Any]]:
+    aims = aim_by_outliers(task.ladders, task.moments, task.share)
+    return task.choose(aim_at_shares(task.ladders, aims)), {"sparsity": aims}
+
+
+def _error(task: _Task) -> tuple[Choice, dict[str, Any]]:
+    task.solve()
+    return task.choose(weigh_errors(task.errors or [])), {}
+
+
+def _loss(task: _Task) -> tuple[Choice, dict[str, Any]]:
+    weights = measure_sensitivity(task.model, task.ladders, task.moments, task.windows)
+    task.solve()
+    return task.choose(weigh_errors(task.errors or [], weights)), {"sensitivity": weights}
+
+
+def _search(task: _Task) -> tuple[Choice, dict[str, Any]]:
+    curves = task.solve(kept=True)
+    losses = weigh_errors(task.errors or [])
+    start = task.choose(losses)
+    told = [dict(task.source), curves.solves, repr(task.solver), dict(task.options), task.windows.tolist()]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
+    fitness = Perplexities(task.model, curves, task.windows, task.folder / "search" / f"{digest}.json")
+    try:
+        began = fitness(start.rungs)
+        rungs, ended = evolve(start.rungs, task.costs, task.budget, fitness, task.search, TOLERANCE)
+    finally:
+        fitness.restore()
+    cost, loss = (sum(row[r] for row, r in zip(rows, rungs, strict=True)) for rows in (task.costs, losses))
+    facts = {"search": repr(task.search), "perplexity_before": began, "perplexity_after": ended}
+    return Choice(rungs, cost, loss, start.price, start.bound), facts
+
+
+METHODS: dict[str, Callable[[_Task], tuple[Choice, dict[str, Any]]]] = {
+    "uniform": _uniform,
+    "owl": _owl,
+    "error": _error,
+    "loss": _loss,
+    "search": _search,
+}
+
+
+def _write_rows(task: _Task, choice: Choice) -> list[dict[str, Any]]:
+    rows = []
+    for place, (ladder, rung) in enumerate(zip(task.ladders, choice.rungs, strict=True)):
+        chosen = ladder.rungs[rung]
+        row = {"name": ladder.glob, "spec": chosen.text, "cost": chosen.cost, "share": ladder.shares[rung]}
+        if task.errors:
+            curve = {own.text: error for own, error in zip(ladder.rungs, task.errors[place], strict=True)}
+            row |= {"error": task.errors[place][rung], "curve": curve}
+        rows.append(row)
+    return rows
+
+
+@contextmanager
+def _folder(out: str | Path | None) -> Iterator[Path]:
+    """The folder of an allocation, or one that is gone afterwards."""
+    if out is not None:
+        with claim(out):
+            yield Path(out)
+        return
+    with TemporaryDirectory(prefix="s3lab-") as scratch:
+        yield Path(scratch)
+
+
+@contextmanager
+def _report(progress: bool | Callable[[int, str], object]) -> Iterator[Callable[[int, str], object]]:
+    """Yield what hears of each solve: the function given, a bar, or nothing."""
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield lambda layer, text: None
+    else:
+        from tqdm.auto import tqdm
+
+        with tqdm(unit="solve") as bar:
+
+            def show(layer: int, text: str) -> None:
+                bar.set_postfix_str(f"layer {layer}, {text}", refresh=False)
+                bar.update()
+
+            yield show

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 RECORD = "allocation.json"
 TOLERANCE = 0.005  # of the budget: how near to it a choice must come
+_DIGITS, _LONGEST = frozenset("0123456789./%"), 20
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def allocate(
     calibration: str | Path | Integer[Tensor, "N L"] = "stdlib",
     sequences: int = 128,
     length: int = 256,
-    damp: float = 1e-2,
+    damp: float | Literal["auto"] = 1e-2,
     held_out: float = 0.1,
     scarce: float | None = None,
     min_tokens: int | None = None,
@@ -141,7 +142,8 @@ def allocate(
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
     >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     >>> model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
-    >>> found = allocate(model, "{n}:16", "50%", cost="weights", calibration=torch.arange(64).view(4, 16), progress=False)
+    >>> text = torch.arange(64).view(4, 16)
+    >>> found = allocate(model, "{n}:16", "50%", cost="weights", calibration=text, progress=False)
     >>> len(found), f"{found.share:.1%}", set(found.values()) <= {f"{n}:16" for n in range(1, 16)} | {"dense"}
     (14, '50.0%', True)
     """
@@ -155,7 +157,7 @@ def allocate(
     ladders, dense = build_ladders(decoder, model.config, families, weigh)
     dense_cost = sum(ladder.rungs[-1].cost for ladder in ladders)
     lowest = sum(ladder.rungs[0].cost for ladder in ladders) / dense_cost
-    if not lowest <= share * (1 + TOLERANCE):
+    if lowest > share:
         raise SpecError(f"{share:.4%} of the dense cost is below {lowest:.4%}, the least of {family!r}: give more")
     ids = find_sequences(tokenizer, calibration, sequences, length, seed)
     chunks = cut_chunks(ids, held_out, batch, seed)
@@ -166,8 +168,7 @@ def allocate(
 
         def find_moments() -> Sequence[Path]:
             with torch.no_grad():
-                begin = lambda: Flow(model, decoder, chunks, place)  # noqa: E731
-                return keep_moments(moments or folder / "moments", source, begin)
+                return keep_moments(moments or folder / "moments", source, lambda: Flow(model, decoder, chunks, place))
 
         options = {"damp": damp, "scarce": scarce, "min_tokens": min_tokens}
         task = _Task(
@@ -207,14 +208,14 @@ def read_target(target: str | float) -> float:
     >>> read_target("62.5%"), read_target(0.5)
     (0.625, 0.5)
     """
-    try:
-        text = str(target).strip()
-        share = float(Fraction(text[:-1]) / 100 if text.endswith("%") else Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        share = 0.0
+    share = target if isinstance(target, float | int) else 0.0
+    if isinstance(target, str) and len(target) < _LONGEST and _DIGITS.issuperset(target):
+        with suppress(ValueError, ZeroDivisionError):
+            share = float(Fraction(target.removesuffix("%")) / (100 if target.endswith("%") else 1))
     if not 0 < share <= 1:
-        raise SpecError(f"{target!r} is no share of the dense cost: give one above 0, such as 50% or 0.5")
-    return share
+        told = f"{target[:_LONGEST]!r}" if isinstance(target, str) else f"{target!r}"
+        raise SpecError(f"{told} is no share of the dense cost: give one above 0, such as 50% or 0.5")
+    return float(share)
 
 
 @dataclass(eq=False)

@@ -77,7 +77,7 @@ class MeasuredTime:
             x = torch.randn(self.tokens, shape[1], dtype=W.dtype)
             layer: torch.nn.Module = torch.nn.Linear(shape[1], shape[0], bias=False).to(W.dtype)
             if pattern is not None:
-                W = W * bind(pattern, {ALONE: shape}).project(W.float().abs())
+                W = W * pattern.bind(shape).project(W.float().abs())
                 layer = PackedLinear.of(Entry(pack(W, pattern), {ALONE: "weight"}), ALONE)
             with torch.inference_mode():
                 layer(x)  # lays the weight out

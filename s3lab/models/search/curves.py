@@ -27,8 +27,8 @@ class Curves:
     """Solves of single rungs, in files of ``folder`` named by all that they depend on, so that none is made twice.
 
     ``moments`` are the files of `moments.keep_moments`, ``source`` what tells them from others.  ``options`` are those
-    of `layerwise.Recipe`.  ``tell`` hears the layer and the spec of each solve, made now or found.  With ``kept`` the pruned weights
-    are stored as well, for `load`.
+    of `layerwise.Recipe`.  ``tell`` hears the layer and the spec of each solve, made now or found.  With ``kept`` the
+    pruned weights are stored as well, for `load`.
     """
 
     decoder: Decoder
@@ -59,8 +59,8 @@ class Curves:
             rows = [found[ladder.layer, rung.text][name] for name in ladder.weights]
             if dense := [row for row in rows if "left dense" in row["note"]]:
                 raise DataError(
-                    f"{ladder.glob} cannot be budgeted ({dense[0]['note']}): give more text, min_tokens or scarce, or a "
-                    "table of families in which it is dense"
+                    f"{ladder.glob} cannot be budgeted ({dense[0]['note']}): give more text, min_tokens or scarce, or "
+                    "a table of families in which it is dense"
                 )
             return sum(row["error"] ** 2 for row in rows if row["error"] is not None) ** 0.5
 

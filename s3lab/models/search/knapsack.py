@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -58,7 +59,7 @@ def choose(costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], 
     steps = sorted(
         ((losses[i][b] - losses[i][a]) / (costs[i][b] - costs[i][a]), i, b)
         for i, hull in enumerate(hulls)
-        for a, b in zip(hull, hull[1:], strict=False)
+        for a, b in pairwise(hull)
     )
     spent, price = least, 0.0
     bound = sum(loss[rung] for loss, rung in zip(losses, rungs, strict=True))
@@ -111,7 +112,7 @@ def _repair(
 
 
 def _find_exchange(item: np.ndarray, more: np.ndarray, gain: np.ndarray, left: float) -> tuple[int, int] | None:
-    """The pair of changes of two items, of which one may change nothing, that lowers the loss most for no more than is left."""
+    """The changes of two items, of which one may change nothing, that lower the loss most for no more than is left."""
     order = np.argsort(more, kind="stable")
     item, more, gain = item[order], more[order], gain[order]
     # Of all changes up to each cost, the best one, and the best one of another item than that.

@@ -13,7 +13,7 @@ from torch import Tensor
 from s3lab.algebra.patterns import parse
 from s3lab.errors import SpecError
 from s3lab.models.decoder import Decoder, Matrix
-from s3lab.models.jobs import DENSE, Job, choose
+from s3lab.models.jobs import DENSE, Job, check_texts, choose
 from s3lab.models.search.cost import Cost
 from s3lab.models.search.families import Family, read_family
 from s3lab.models.structures import fit, read_couplings
@@ -100,6 +100,14 @@ def build_ladders(
     return single + coupled, [name for matrices in decoder.matrices for name in matrices if name not in taken]
 
 
+def check_families(families: Mapping[str, str]) -> None:
+    """Raise SpecError for a text that is no family of specs, before there is a model to climb its rungs.
+
+    >>> check_families({"*.mlp.*": "mlp-channels keep {p}%", "*": "dense"})
+    """
+    check_texts([next(iter(read_family(text))) for text in families.values() if text != DENSE])
+
+
 def write_table(ladders: Sequence[Ladder], rungs: Sequence[int], dense: Sequence[str]) -> dict[str, str]:
     """Return the table of specs by glob in which each ladder has the rung chosen, as `prune_model` takes it.
 
@@ -119,7 +127,7 @@ def _build(family: Family, glob: str, layer: int, read: Callable[[str], Job], co
         except SpecError as error:
             if family.open and family.last is None and jobs:
                 break  # past the last count that fits
-            if not family.open or text == [*family][-1] and not jobs:
+            if not family.open or (text == [*family][-1] and not jobs):
                 raise SpecError(f"the family {family} does not fit {glob}: {error}") from error
     matrices = next(iter(jobs.values())).matrices
     shapes = {name: (matrix.weight.shape[0], matrix.weight.shape[1]) for name, matrix in matrices.items()}

@@ -57,7 +57,9 @@ def first_sentence(thing: object) -> str:
 
 def write_floor(floor: str, told: str) -> str:
     modules = [f"s3lab.{floor}" if floor in ("solvers", "training") else None]
-    modules += [f"s3lab.{floor}.{path.stem}" for path in sorted((ROOT / floor).glob("*.py")) if path.stem != "__init__"]
+    paths = [path.relative_to(ROOT.parent).with_suffix("") for path in (ROOT / floor).rglob("*.py")]
+    named = [path for path in sorted(paths) if path.stem != "__init__" and not {"kernels", "explore"} & {*path.parts}]
+    modules += [".".join(path.parts) for path in named]
     if floor == "algebra":
         modules.append("s3lab.errors")
     entries = [f"::: {module}\n" for module in modules if module]

@@ -11,6 +11,8 @@ import s3lab as s3
 from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError, SpecError
 from s3lab.models.decoder import find_decoder
+from s3lab.models.flow import cut_chunks
+from s3lab.models.reference import perplexity
 from s3lab.models.search import evolve as evolution
 from s3lab.models.search.allocate import METHODS, TOLERANCE, Allocation, read_target
 from s3lab.models.search.cost import count_bytes
@@ -46,10 +48,6 @@ def kept(model):
     return {name: m.weight.clone() for layer in find_decoder(model).matrices for name, m in layer.items()}
 
 
-def packed_share(model, dense):
-    """What the matrices take packed, of what they take dense, told by the spec that each one satisfies."""
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("cost", "target"), [("bytes", 0.6), ("weights", 0.5)])
 def test_every_method_meets_its_target_and_prune_model_takes_what_it_gives(make_tiny, ids, method, cost, target):
@@ -77,7 +75,7 @@ def test_every_method_meets_its_target_and_prune_model_takes_what_it_gives(make_
 
 
 @pytest.mark.parametrize(
-    ("family", "cost", "target"),
+    ("text", "cost", "target"),
     [
         ("{n}:8@1x2", "weights", "50%"),
         ("{p}%/row", "bytes", "60%"),
@@ -89,12 +87,12 @@ def test_every_method_meets_its_target_and_prune_model_takes_what_it_gives(make_
         ({"*.mlp.*": "mlp-channels keep {p}%", "*.v_proj": "dense", "*": "{n}:16"}, "weights", "60%"),
     ],
 )
-def test_families_of_every_kind_bind_and_prune(make_tiny, ids, family, cost, target):
+def test_families_of_every_kind_bind_and_prune(make_tiny, ids, text, cost, target):
     model = make_tiny("Qwen3")
-    found = s3.allocate(model, family, target, cost=cost, solver="wanda", calibration=ids, **QUIET)
+    found = s3.allocate(model, text, target, cost=cost, solver="wanda", calibration=ids, **QUIET)
     run = s3.prune_model(model, None, found, "wanda", hessians="dense", calibration=ids, **QUIET)
     assert found.share == pytest.approx(read_target(target), rel=TOLERANCE)
-    if cost == "weights" and isinstance(family, str):
+    if cost == "weights" and isinstance(text, str):
         dense = [row for row in found.rows if row["spec"] == "dense"]
         if not dense:  # which leave no row in a run
             assert run.density == pytest.approx(found.share)
@@ -143,9 +141,7 @@ def test_error_is_the_best_of_all_allocations(make_tiny, ids):
     assert found.facts["loss"] == pytest.approx(best)
 
 
-def test_a_search_ends_no_worse_than_it_began_and_tells_perplexities_that_hold(make_tiny, ids, tmp_path):
-    from s3lab.models.reference import perplexity
-
+def test_a_search_ends_no_worse_than_it_began_and_tells_perplexities_that_hold(make_tiny, ids):
     model = make_tiny("Qwen3")
     options = {"cost": "weights", "solver": "wanda", "calibration": ids, "held_out": 0.0, **QUIET}
     found = s3.allocate(
@@ -153,8 +149,6 @@ def test_a_search_ends_no_worse_than_it_began_and_tells_perplexities_that_hold(m
     )
     assert found.facts["perplexity_after"] <= found.facts["perplexity_before"]
     s3.prune_model(model, None, found, "wanda", hessians="dense", calibration=ids, held_out=0.0, **QUIET)
-    from s3lab.models.flow import cut_chunks
-
     seen = torch.cat([chunk.ids for chunk in cut_chunks(ids, 0.0, 4, 0)])[:8]
     assert perplexity(model, seen) == pytest.approx(found.facts["perplexity_after"], rel=1e-5)
 
@@ -172,12 +166,10 @@ def test_evolution_finds_the_only_best_of_a_small_space_within_the_budget():
 
 def test_outliers_in_a_layer_bring_it_more(make_tiny, ids):
     model = make_tiny("Llama")
-    layer = model.model.layers[1]
     for matrix in find_decoder(model).matrices[1].values():
         matrix.weight[::3, ::7] *= 30
-    del layer
     found = s3.allocate(model, "{n}:16", "50%", "owl", cost="weights", calibration=ids, **QUIET)
-    share = [sum(row["share"] * 1 for row in found.rows if f"layers.{n}." in row["name"]) for n in (0, 1)]
+    share = [sum(row["share"] for row in found.rows if f"layers.{n}." in row["name"]) for n in (0, 1)]
     assert share[1] > share[0]
     aims = found.facts["sparsity"]
     assert max(aims) - min(aims) == pytest.approx(0.16)  # twice the paper's λ = 0.08
@@ -238,7 +230,7 @@ def test_moments_are_those_that_prune_model_keeps(make_tiny, ids, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("family", "target", "options", "message"),
+    ("text", "target", "options", "message"),
     [
         ("{n}:16", "5%", {}, "below .*, the least of"),
         ("{n}:16", "0%", {}, "no share"),
@@ -264,9 +256,9 @@ def test_moments_are_those_that_prune_model_keeps(make_tiny, ids, tmp_path, monk
         ({"*.mlp.*": "mlp-channels keep {p}%", "*": "kv-groups keep {n}"}, "50%", {}, "second coupling"),
     ],
 )
-def test_what_cannot_be_allocated_is_told(make_tiny, ids, family, target, options, message):
+def test_what_cannot_be_allocated_is_told(make_tiny, ids, text, target, options, message):
     with pytest.raises(SpecError, match=message):
-        s3.allocate(make_tiny("Llama", num_hidden_layers=1), family, target, calibration=ids, **options, **QUIET)
+        s3.allocate(make_tiny("Llama", num_hidden_layers=1), text, target, calibration=ids, **options, **QUIET)
 
 
 def test_experts_that_saw_too_little_are_told(make_tiny, ids):

@@ -115,7 +115,7 @@ def allocate(
     device: torch.device | str | None = None,
     progress: bool | Callable[[int, str], object] = True,
 ) -> Allocation:
-    """Return the specs by which a model meets a budget, chosen from a family for each matrix: a table for `prune_model`.
+    """Return a spec for each matrix, chosen from a family so that all meet a budget: a table for `prune_model`.
 
     ``family`` is a text with an open place, such as ``{n}:16``, ``{n}:8@1x2``, ``{p}% columns`` or
     ``mlp-channels keep {p}%``, as `read_family` takes it, or a table of globs with such texts and "dense".

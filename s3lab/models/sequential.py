@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from s3lab.errors import DataError
 from s3lab.folder import claim
 from s3lab.markup import table
-from s3lab.models import corpus
 from s3lab.models.decoder import Decoder, find_decoder
 from s3lab.models.flow import Chunk, Flow, cut_chunks
 from s3lab.models.jobs import Specs, choose, choose_jobs, read_tables, write_tables
 from s3lab.models.layerwise import Recipe, prune_layer, prune_measured
 from s3lab.models.moments import keep_moments, read_moments
-from s3lab.models.rundir import RunDir, hash_tensors, layer_file
+from s3lab.models.rundir import RunDir, layer_file
+from s3lab.models.source import describe_source, find_sequences
 from s3lab.shapes import Integer
 from s3lab.solvers import make_score, make_solver
 from s3lab.solvers.base import ScoreSolver, Solver
@@ -331,35 +331,3 @@ def _check_alike(team: Team, settings: dict[str, Any]) -> None:
     seal = float(int(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12], 16))
     if team.max(seal) + team.max(-seal):
         raise DataError("the processes have different models, sequences or settings: give all of them the same")
-
-
-def find_sequences(
-    tokenizer: PreTrainedTokenizerBase | None,
-    calibration: str | Path | Integer[Tensor, "N L"],
-    sequences: int,
-    length: int,
-    seed: int,
-) -> Tensor:
-    """Return the sequences (N, L) to calibrate on, as `prune_model` takes them."""
-    if isinstance(calibration, Tensor):
-        return calibration
-    if tokenizer is None:
-        raise DataError(f"the text of {str(calibration)!r} needs a tokenizer: give the model's, or ready sequences")
-    return corpus.tokens(tokenizer, "calibration", length, sequences, seed, calibration)
-
-
-def describe_source(model: PreTrainedModel, ids: Tensor, held_out: float, batch: int, seed: int) -> dict[str, Any]:
-    """Return what tells second moments of a model's inputs from others: the model, and the sequences cut so."""
-    config = {**model.config.to_dict(), "attention": model.config._attn_implementation}
-    for key in ("_name_or_path", "transformers_version"):
-        config.pop(key, None)
-    text = json.dumps(config, sort_keys=True, default=str)
-    return {
-        "model": type(model).__name__,
-        "config": hashlib.sha256(text.encode()).hexdigest(),
-        "weights": hash_tensors(dict(model.named_parameters())),
-        "calibration": hash_tensors({"ids": ids}),
-        "held_out": held_out,
-        "batch": batch,
-        "seed": seed,
-    }

@@ -33,7 +33,8 @@ from s3lab.models.search.ladder import Ladder, build_ladders, write_table
 from s3lab.models.search.loss import measure_sensitivity
 from s3lab.models.search.owl import aim_by_outliers
 from s3lab.models.search.uniform import aim_at_shares, find_plain
-from s3lab.models.sequential import as_evaluated, describe_source, find_sequences
+from s3lab.models.sequential import as_evaluated
+from s3lab.models.source import describe_source, find_sequences
 from s3lab.shapes import Integer
 from s3lab.solvers import make_solver
 from s3lab.solvers.base import Solver
@@ -52,7 +53,7 @@ class Allocation(Mapping[str, str]):
 
     A row tells the spec chosen, what it costs and what share of the dense cost that is, the relative error of its
     solve, and the ``curve``, the error of each rung, where the method has solved them.  ``share`` is what all cost of
-    the dense cost.
+    the dense cost.  Raises KeyError for a glob that is not in it.
 
     >>> Allocation({"*": "2:4"}, [], {"share": 0.5})["*"]
     '2:4'

@@ -12,8 +12,8 @@ from s3lab.errors import DataError
 from s3lab.lab import usage
 from s3lab.lab.arguments import DTYPES, budget, count, damping, device, path, seed, share
 from s3lab.models.fetchable import FETCHABLE
-from s3lab.models.search.allocate import METHODS
 from s3lab.models.search.cost import COSTS
+from s3lab.models.search.methods import METHODS
 
 Command = Callable[[argparse.Namespace], int]
 

@@ -14,17 +14,19 @@ from s3lab.models.decoder import find_decoder
 from s3lab.models.flow import cut_chunks
 from s3lab.models.reference import perplexity
 from s3lab.models.search import evolve as evolution
-from s3lab.models.search.allocate import METHODS, TOLERANCE, Allocation, read_target
+from s3lab.models.search.allocate import Allocation, read_target
 from s3lab.models.search.cost import count_bytes
 from s3lab.models.search.evolve import Search
 from s3lab.models.search.families import read_family
 from s3lab.models.search.ladder import build_ladders
+from s3lab.models.search.methods import METHODS, TOLERANCE
 from s3lab.packing.codec import pack
 from s3lab.solvers import Wanda
 from s3lab.tensors.hessian import hessian
 
 QUIET = {"progress": False, "batch": 4}
 SHORT = Search(steps=(2, 1), generations=2, offspring=2)
+EVEN = "{n in 2..14 by 2}:16"
 SOLVES = []
 
 
@@ -48,14 +50,15 @@ def kept(model):
     return {name: m.weight.clone() for layer in find_decoder(model).matrices for name, m in layer.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("cost", "target"), [("bytes", 0.6), ("weights", 0.5)])
+@pytest.mark.parametrize(
+    ("method", "cost", "target"), [("error", "bytes", 0.6), *((method, "weights", 0.5) for method in METHODS)]
+)
 def test_every_method_meets_its_target_and_prune_model_takes_what_it_gives(make_tiny, ids, method, cost, target):
     model = make_tiny("Qwen3")
     before = model.state_dict()
     before = {name: tensor.clone() for name, tensor in before.items()}
     found = s3.allocate(
-        model, "{n}:16", target, method, cost=cost, solver="wanda", calibration=ids, search=SHORT, windows=2, **QUIET
+        model, EVEN, target, method, cost=cost, solver="wanda", calibration=ids, search=SHORT, windows=2, **QUIET
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
@@ -81,10 +84,10 @@ def test_every_method_meets_its_target_and_prune_model_takes_what_it_gives(make_
         ("{p}%/row", "bytes", "60%"),
         ("{p in 25..75 by 25}% columns", "weights", "50%"),
         ("{p}%@4x4", "weights", "50%"),
-        ("{n in 8..12}:16 plus 16:32", "weights", "80%"),
+        ("{n in 2..8}:16 plus 4:32", "weights", "50%"),
         ("mlp-channels keep {p}%", "weights", "50%"),
         ("kv-groups keep {n}", "weights", "50%"),
-        ({"*.mlp.*": "mlp-channels keep {p}%", "*.v_proj": "dense", "*": "{n}:16"}, "weights", "60%"),
+        ({"*.mlp.*": "mlp-channels keep {p}%", "*.v_proj": "dense", "*": EVEN}, "weights", "60%"),
     ],
 )
 def test_families_of_every_kind_bind_and_prune(make_tiny, ids, text, cost, target):
@@ -115,7 +118,7 @@ def test_uniform_is_the_plain_spec_where_that_costs_just_so(make_tiny, ids):
 
 def test_error_loses_no_more_than_uniform_and_tells_each_curve(make_tiny, ids):
     model = make_tiny("Qwen3")
-    found = s3.allocate(model, "{n}:16", "50%", cost="weights", solver="wanda", calibration=ids, **QUIET)
+    found = s3.allocate(model, EVEN, "50%", cost="weights", solver="wanda", calibration=ids, **QUIET)
     plain = sum(row["curve"]["8:16"] ** 2 for row in found.rows)
     ours = sum(row["error"] ** 2 for row in found.rows)
     assert ours == pytest.approx(found.facts["loss"]) and found.facts["bound"] <= ours < plain
@@ -145,7 +148,7 @@ def test_a_search_ends_no_worse_than_it_began_and_tells_perplexities_that_hold(m
     model = make_tiny("Qwen3")
     options = {"cost": "weights", "solver": "wanda", "calibration": ids, "held_out": 0.0, **QUIET}
     found = s3.allocate(
-        model, "{n}:16", "50%", "search", search=Search(steps=(4, 1), generations=3, offspring=4), **options
+        model, EVEN, "50%", "search", search=Search(steps=(4, 1), generations=3, offspring=4), **options
     )
     assert found.facts["perplexity_after"] <= found.facts["perplexity_before"]
     s3.prune_model(model, None, found, "wanda", hessians="dense", calibration=ids, held_out=0.0, **QUIET)
@@ -180,11 +183,11 @@ def test_sensitivity_is_the_rise_of_the_loss_of_a_single_linear_layer(make_tiny,
     model = make_tiny("Llama")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.zero_()  # so what gate and up make is lost
-    found = s3.allocate(model, "{n}:16", "50%", "loss", cost="weights", solver="wanda", calibration=ids, **QUIET)
+    found = s3.allocate(model, EVEN, "50%", "loss", cost="weights", solver="wanda", calibration=ids, **QUIET)
     weights = dict(zip([row["name"] for row in found.rows], found.facts["sensitivity"], strict=True))
     assert weights["model.layers.0.mlp.up_proj"] == weights["model.layers.0.mlp.gate_proj"] == 0.0
     assert weights["model.layers.1.mlp.up_proj"] > 0
-    assert found["model.layers.0.mlp.up_proj"] == "1:16"
+    assert found["model.layers.0.mlp.up_proj"] == "2:16"
 
 
 def test_a_stopped_run_solves_no_rung_again(make_tiny, ids, tmp_path, solves):
@@ -223,7 +226,7 @@ def test_a_search_that_is_asked_again_measures_nothing_again(make_tiny, ids, tmp
 
 def test_moments_are_those_that_prune_model_keeps(make_tiny, ids, tmp_path, monkeypatch):
     model = make_tiny("Llama")
-    found = s3.allocate(model, "{n}:16", 0.5, calibration=ids, solver="wanda", moments=tmp_path, **QUIET)
+    found = s3.allocate(model, EVEN, 0.5, calibration=ids, solver="wanda", moments=tmp_path, **QUIET)
     monkeypatch.setattr("s3lab.models.sequential.Flow", None)  # no passage is begun
     run = s3.prune_model(model, None, found, "wanda", hessians="dense", moments=tmp_path, calibration=ids, **QUIET)
     assert len(run.matrices) == sum(spec != "dense" for spec in found.values())
@@ -275,7 +278,7 @@ def test_every_family_of_models_is_budgeted(make_tiny, ids, family):
 
 def test_rungs_climb_without_repeats(make_tiny):
     model = make_tiny("Llama")
-    ladders, dense = build_ladders(find_decoder(model), model.config, {"*": "{p in 1..99}%/column"}, count_bytes)
+    ladders, dense = build_ladders(find_decoder(model), model.config, {"*": "{p in 2..98 by 2}%/column"}, count_bytes)
     for ladder in ladders:
         assert ladder.costs == sorted(set(ladder.costs)) and ladder.rungs[-1].text == "dense"
     assert not dense and len([*read_family("{p}%")]) == 19

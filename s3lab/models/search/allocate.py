@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,18 +19,14 @@ from s3lab.errors import SpecError
 from s3lab.files import write
 from s3lab.folder import claim
 from s3lab.markup import table
-from s3lab.models.decoder import Decoder, find_decoder
+from s3lab.models.decoder import find_decoder
 from s3lab.models.flow import Flow, cut_chunks
 from s3lab.models.moments import keep_moments
 from s3lab.models.search.cost import COSTS, Cost
-from s3lab.models.search.curves import Curves
-from s3lab.models.search.error import weigh_errors
-from s3lab.models.search.evolve import Perplexities, Search, evolve
-from s3lab.models.search.knapsack import Choice, choose
-from s3lab.models.search.ladder import Ladder, build_ladders, write_table
-from s3lab.models.search.loss import measure_sensitivity
-from s3lab.models.search.owl import aim_by_outliers
-from s3lab.models.search.uniform import aim_at_shares, find_plain
+from s3lab.models.search.evolve import Search
+from s3lab.models.search.knapsack import Choice
+from s3lab.models.search.ladder import build_ladders, write_table
+from s3lab.models.search.methods import METHODS, TOLERANCE, Task
 from s3lab.models.sequential import as_evaluated
 from s3lab.models.source import describe_source, find_sequences
 from s3lab.shapes import Integer
@@ -43,7 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "allocation.json"
-TOLERANCE = 0.005  # of the budget: how near to it a choice must come
 _DIGITS, _LONGEST = frozenset("0123456789./%"), 20
 
 
@@ -172,7 +165,7 @@ def allocate(
                 return keep_moments(moments or folder / "moments", source, lambda: Flow(model, decoder, chunks, place))
 
         options = {"damp": damp, "scarce": scarce, "min_tokens": min_tokens}
-        task = _Task(
+        task = Task(
             model, decoder, ladders, share, share * dense_cost, find_moments, source, folder, make_solver(solver),
             options, seen, search or Search(seed=seed), tell,
         )  # fmt: skip
@@ -219,97 +212,7 @@ def read_target(target: str | float) -> float:
     return float(share)
 
 
-@dataclass(eq=False)
-class _Task:
-    """What the methods are given; moments and curves are made when the first asks for them."""
-
-    model: PreTrainedModel
-    decoder: Decoder
-    ladders: list[Ladder]
-    share: float
-    budget: float
-    find_moments: Callable[[], Sequence[Path]]
-    source: Mapping[str, Any]
-    folder: Path
-    solver: Solver
-    options: Mapping[str, Any]
-    windows: Tensor
-    search: Search
-    tell: Callable[[int, str], object]
-    errors: list[list[float]] | None = None
-
-    @cached_property
-    def moments(self) -> Sequence[Path]:
-        return self.find_moments()
-
-    @property
-    def costs(self) -> list[list[float]]:
-        return [ladder.costs for ladder in self.ladders]
-
-    def solve(self, kept: bool = False) -> Curves:
-        """Have every rung solved, for ``errors``."""
-        curves = Curves(
-            self.decoder, self.ladders, self.moments, self.source, self.folder / "curves", self.solver, self.options,
-            kept, self.tell,
-        )  # fmt: skip
-        self.errors = curves.measure()
-        return curves
-
-    def choose(self, losses: list[list[float]]) -> Choice:
-        return choose(self.costs, losses, self.budget)
-
-
-def _uniform(task: _Task) -> tuple[Choice, dict[str, Any]]:
-    losses = aim_at_shares(task.ladders, [1.0] * len(task.ladders))
-    if (plain := find_plain(task.ladders, task.budget, TOLERANCE)) is None:
-        return task.choose(losses), {}
-    cost, loss = (sum(row[r] for row, r in zip(rows, plain, strict=True)) for rows in (task.costs, losses))
-    return Choice(tuple(plain), cost, loss, 0.0, loss), {}
-
-
-def _owl(task: _Task) -> tuple[Choice, dict[str, Any]]:
-    aims = aim_by_outliers(task.ladders, task.moments, task.share)
-    return task.choose(aim_at_shares(task.ladders, aims)), {"sparsity": aims}
-
-
-def _error(task: _Task) -> tuple[Choice, dict[str, Any]]:
-    task.solve()
-    return task.choose(weigh_errors(task.errors or [])), {}
-
-
-def _loss(task: _Task) -> tuple[Choice, dict[str, Any]]:
-    weights = measure_sensitivity(task.model, task.ladders, task.moments, task.windows)
-    task.solve()
-    return task.choose(weigh_errors(task.errors or [], weights)), {"sensitivity": weights}
-
-
-def _search(task: _Task) -> tuple[Choice, dict[str, Any]]:
-    curves = task.solve(kept=True)
-    losses = weigh_errors(task.errors or [])
-    start = task.choose(losses)
-    told = [dict(task.source), curves.solves, repr(task.solver), dict(task.options), task.windows.tolist()]
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
-    fitness = Perplexities(task.model, curves, task.windows, task.folder / "search" / f"{digest}.json")
-    try:
-        began = fitness(start.rungs)
-        rungs, ended = evolve(start.rungs, task.costs, task.budget, fitness, task.search, TOLERANCE)
-    finally:
-        fitness.restore()
-    cost, loss = (sum(row[r] for row, r in zip(rows, rungs, strict=True)) for rows in (task.costs, losses))
-    facts = {"search": repr(task.search), "perplexity_before": began, "perplexity_after": ended}
-    return Choice(rungs, cost, loss, start.price, start.bound), facts
-
-
-METHODS: dict[str, Callable[[_Task], tuple[Choice, dict[str, Any]]]] = {
-    "uniform": _uniform,
-    "owl": _owl,
-    "error": _error,
-    "loss": _loss,
-    "search": _search,
-}
-
-
-def _write_rows(task: _Task, choice: Choice) -> list[dict[str, Any]]:
+def _write_rows(task: Task, choice: Choice) -> list[dict[str, Any]]:
     rows = []
     for place, (ladder, rung) in enumerate(zip(task.ladders, choice.rungs, strict=True)):
         chosen = ladder.rungs[rung]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3lab.algebra.patterns import parse
+from s3lab.errors import DataError
 from s3lab.files import replacing, telling, write
 from s3lab.folder import check_folder
 from s3lab.models.sequential import Run
@@ -34,6 +37,15 @@ def save_pruned(
     """
     out = Path(out)
     check_folder(out)
+    save_model(model, tokenizer, out)
+    rows = {"layers": run.layers, "matrices": run.matrices}
+    record = {**run.manifest, "density": run.density, "shrunk": shrunk and asdict(shrunk), **rows}
+    write_record(out, record, write_card(run, shrunk))
+    return out
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path) -> None:
+    """Save model and tokenizer as transformers does, every file whole, the configuration last."""
     begun = out / ".model.s3lab.part"
     try:
         with telling(out):
@@ -45,11 +57,52 @@ def save_pruned(
                 path.replace(part)
     finally:
         shutil.rmtree(begun, ignore_errors=True)
-    rows = {"layers": run.layers, "matrices": run.matrices}
-    record = {**run.manifest, "density": run.density, "shrunk": shrunk and asdict(shrunk), **rows}
+
+
+def write_record(out: Path, record: Mapping[str, Any], card: str) -> None:
+    """Write the record of a model and its card into a folder."""
     write(out / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-    write(out / "README.md", write_card(run, shrunk).encode())
-    return out
+    write(out / "README.md", card.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the record or the settings of a pruned model; DataError where there are none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): give the folder of a model that s3lab pruned") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no settings: give the folder of a model that s3lab pruned")
+    return found
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read the record of a pruned model; DataError where there is none, or the model is packed already."""
+    record, config = read_json(folder / RECORD), read_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise DataError(f"{folder} holds a packed or quantised model: give the folder of a pruned one")
+    if not isinstance(record.get("matrices"), list):
+        raise DataError(f"{folder / RECORD} is no record of a pruned model: prune the model again")
+    return record
+
+
+def group_rows(matrices: Sequence[Mapping[str, Any]], where: str) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Yield each spec of a record with the rows of the matrices it pruned together, in the order of its names.
+
+    Raises DataError for rows that are none, naming ``where`` they stand.
+    """
+    try:
+        at = 0
+        while at < len(matrices):
+            spec = matrices[at]["spec"]
+            count = len(parse(spec).names) or 1
+            together = list(matrices[at : at + count])
+            if len(together) < count or any(row["spec"] != spec for row in together):
+                raise ValueError(f"{spec} is of {count} matrices")
+            yield spec, together
+            at += count
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where} is no record of a pruned model ({error}): prune the model again") from error
 
 
 def write_card(run: Run, shrunk: Shrunk | None = None) -> str:

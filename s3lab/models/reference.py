@@ -72,9 +72,18 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: a linear rise to ``lr``, then a half cosine down to a hundredth of it."""
-        rise = max(1, round(self.warmup * self.steps))
-        fall = (1 + math.cos(math.pi * max(0, step - rise) / max(1, self.steps - rise))) / 2
-        return self.lr * min((step + 1) / rise, 0.01 + 0.99 * fall)
+        return self.lr * pace(step, self.steps, self.warmup)
+
+
+def pace(step: int, steps: int, warmup: float) -> float:
+    """Share of the highest learning rate: a linear rise over a share of the steps, then a half cosine down to 0.01.
+
+    >>> [round(pace(step, 5, 0.4), 2) for step in range(5)]
+    [0.5, 1.0, 1.0, 0.75, 0.26]
+    """
+    rise = max(1, round(warmup * steps))
+    fall = (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))) / 2
+    return min((step + 1) / rise, 0.01 + 0.99 * fall)
 
 
 _TOY = Recipe(vocab=512, hidden=64, layers=2, intermediate=128, head_dim=16, length=64)

@@ -29,6 +29,14 @@ def share(text: str) -> float:
     return _real(text, 1.0, "a share from 0 to below 1, such as 0.1")
 
 
+def rate(text: str) -> float:
+    """Read a learning rate, a finite number above 0."""
+    what = "a number above 0, such as 1e-4"
+    if (value := _real(text, inf, what)) == 0:
+        raise ArgumentTypeError(f"{text!r} is out of range: give {what}")
+    return value
+
+
 def damping(text: str) -> float | str:
     """Read a damping: a share of the mean diagonal from 0 on, or "auto"."""
     return text if text == "auto" else _real(text, inf, "a number from 0 on, such as 0.01, or auto")

@@ -1,4 +1,4 @@
-"""The command line: ``s3lab show | check | reproduce | fetch | prune | eval | pack | unpack | inspect``."""
+"""The command line: ``s3lab show | check | reproduce | fetch | prune | tune | eval | pack | unpack | inspect``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "reproduce": _reproduce,
         "fetch": _fetch,
         "prune": _prune,
+        "tune": _tune,
         "eval": _eval,
         "pack": _pack,
         "unpack": _unpack,
@@ -163,6 +164,35 @@ def _prune(options: argparse.Namespace) -> int:
     errors = [row["error"] for row in run.matrices if row["error"] is not None]
     error = f"{sum(errors) / len(errors):.2%}" if errors else "none"
     print(f"kept {run.density:.1%} of {len(run.matrices)} matrices, mean error {error}: {options.out}")
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    _need("transformers", "tqdm")
+    from s3lab.folder import claim
+    from s3lab.models.checkpoint import read_record
+    from s3lab.models.corpus import hold_out, tokens
+    from s3lab.models.pretrained import load_model
+    from s3lab.models.tune import Tuning, save_tuned, tune_model
+
+    given = ("method", "steps", "tokens", "batch", "lr", "warmup", "every", "patience", "dtype", "recompute", "seed")
+    tuning = Tuning(**{name: getattr(options, name) for name in given}, loss=tuple(options.loss or ()))
+    folder, out = Path(options.model), Path(options.out)
+    matrices = read_record(folder)["matrices"]
+    if out.resolve() == folder.resolve():
+        raise DataError(f"--out {options.out} is the pruned model itself: give another folder")
+    with claim(out, options.force):
+        model, tokenizer = load_model(folder, device=options.device)
+        teacher = load_model(options.teacher, device=options.device)[0] if options.teacher else None
+        length, windows, seed = options.length, options.windows, options.seed
+        count = options.sequences and options.sequences + windows
+        ids, own = hold_out(tokens(tokenizer, "train", length, count, seed, options.text), windows, seed)
+        texts = {text: tokens(tokenizer, "test", length, windows, seed, text) for text in options.watch}
+        tuned = tune_model(model, matrices, ids, {"held_out": own, **texts}, tuning, teacher=teacher, out=out / "run")
+        save_tuned(model, tokenizer, folder, out, tuned, {"text": options.text, "teacher": options.teacher})
+    first, best = (next(row for row in tuned.rows if row["step"] == step) for step in (0, tuned.best_step))
+    told = ", ".join(f"{key} {first[key]:.4g} -> {best[key]:.4g}" for key in first if key.endswith("perplexity"))
+    print(f"{tuned.trained} numbers trained, step {tuned.best_step}: {told.replace('_', ' ')}: {options.out}")
     return 0
 
 

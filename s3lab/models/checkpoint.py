@@ -131,11 +131,11 @@ def write_card(run: Run, shrunk: Shrunk | None = None) -> str:
         f"# {settings['model']}, pruned",
         f"Pruned decoder layer by decoder layer with s3lab.  {stored}, so that transformers loads it "
         f"as any other model; all figures are in `{RECORD}`.",
-        _table(["", ""], [[key, value] for key, value in about.items()]),
+        write_table(["", ""], [[key, value] for key, value in about.items()]),
         "Relative output error by kind of matrix, mean over the layers, on calibration and on held-out tokens:",
-        _table(["matrix", "error", "held out", "weight error", "density"], errors),
+        write_table(["matrix", "error", "held out", "weight error", "density"], errors),
         "The model after each decoder layer:",
-        _table(["layer", *columns], [[row["layer"], *(row.get(key) for key in columns)] for row in run.layers]),
+        write_table(["layer", *columns], [[row["layer"], *(row.get(key) for key in columns)] for row in run.layers]),
     )
     return "\n\n".join(parts) + "\n"
 
@@ -150,7 +150,9 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> str:
+def write_table(head: list[str], rows: list[list[Any]]) -> str:
+    """Return a table in Markdown; None is an empty cell."""
+
     def cell(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 

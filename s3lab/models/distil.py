@@ -40,7 +40,9 @@ def find_loss(
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             goal = teacher(input_ids=ids, use_cache=False, output_hidden_states=hidden)
         if "logits" in terms:
-            ours, theirs = (functional.log_softmax(logits.flatten(0, 1).float(), -1) for logits in (out.logits, goal.logits))
+            ours, theirs = (
+                functional.log_softmax(logits.flatten(0, 1).float(), -1) for logits in (out.logits, goal.logits)
+            )
             losses.append(functional.kl_div(ours, theirs, reduction="batchmean", log_target=True))
         if hidden:
             pairs = [(h.float(), t.float()) for h, t in zip(out.hidden_states[1:], goal.hidden_states[1:], strict=True)]

@@ -65,7 +65,7 @@ def sparse(
     """Let the linear layers of a module be trained under a pattern, and return what takes the steps.
 
     From now on the forward pass of each layer sees a weight that satisfies the pattern; what is trained is its
-    ``parametrizations.weight.original``, the same Parameter as before, or, with `SPP`, `LoRA` and `S2FT`, new parameters
+    ``parametrizations.weight.original``, the same Parameter as before, or, with `SPP`, `LoRA` and `S2FT`, new ones
     beside it: for those, make the optimiser afterwards.  `densify` takes it back.
 
     ``layers`` are globs over the dotted names of linear layers.  ``spec`` is a pattern for all of them, or a table of

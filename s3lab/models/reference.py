@@ -161,7 +161,7 @@ def train(
     tokenizer, model = train_tokenizer(recipe), build(recipe)
     stream = corpus.tokens(tokenizer, "train", 1).flatten()
     held_out = corpus.tokens(tokenizer, "calibration", recipe.length, recipe.windows, recipe.seed)
-    run = _Run(recipe, model, _optimizer(recipe, model))
+    run = Pretraining(recipe, model, make_optimizer(recipe, model))
     if (out / CHECKPOINT).exists():
         run.restore(out / CHECKPOINT)
     began, losses = time.perf_counter() - run.time_s, []
@@ -236,8 +236,8 @@ def unigram_perplexity(train_ids: Tensor, test_ids: Tensor, vocab: int) -> float
 
 
 @dataclass
-class _Run:
-    """A training under way: what a checkpoint holds."""
+class Pretraining:
+    """A training under way, with what a checkpoint holds: ``learn`` takes a step."""
 
     recipe: Recipe
     model: PreTrainedModel
@@ -248,6 +248,7 @@ class _Run:
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def learn(self, stream: Tensor, step: int) -> float:
+        """Take a step on windows of a stream of tokens (n,), and return its loss."""
         recipe, device = self.recipe, torch.device(self.recipe.device)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(step)
@@ -322,7 +323,8 @@ class _Run:
         }
 
 
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW of a recipe, without decay of vectors."""
     matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay}
     vectors = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
     return torch.optim.AdamW([matrices, vectors], lr=recipe.lr, betas=(0.9, 0.95), fused=True)

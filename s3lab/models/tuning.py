@@ -41,7 +41,7 @@ class Tuning:
     A step sees ``tokens`` tokens, ``batch`` sequences at a time, whose products are in ``dtype``; the rate rises to
     ``lr`` over a share ``warmup`` of the ``steps`` and falls by a half cosine, `reference.pace`.  ``method`` is one of
     `TUNERS`, with its own rate if ``lr`` is None.  ``loss`` has the terms of `distil.find_loss`; without any they are
-    "text", and with a teacher "text" and "logits".  Every ``every`` steps, and at the end, held-out text is measured
+    "text", and with a teacher "logits".  Every ``every`` steps, and at the end, held-out text is measured
     and a checkpoint left; the tuning ends early when ``patience`` measurements in a row were no better than the best.
     ``recompute`` keeps the activations of decoder layers no longer than needed, for a forward pass more.
 

@@ -22,8 +22,9 @@ class LoRA(Method):
     A starts uniform within ±1/√K and B as zeros, as those of peft do, so that training starts at W: rank·(M + K)
     numbers instead of M·K.  The sum is pruned in the forward pass already, so that `densify`, which multiplies out,
     loses nothing; LoRA that is trained beside a sparse weight fills its zeros when it is merged, and pruned only then
-    it is not what was trained.  The product under a mask is of any rank.  Raises SolveError for a rank or a scale that cannot
-    be.
+    it is not what was trained.  The product under a mask is of any rank.
+
+    Raises SolveError for a rank or a scale that cannot be.
 
     Source: Hu et al., *LoRA*, 2022; under the mask: Zimmer et al., *PERP*, 2023.
 

@@ -74,7 +74,7 @@ def test_tune_keeps_zeros_and_record_and_goes_on_where_it_was(tiny, pruned, tmp_
     record = json.loads((out / "s3lab.json").read_text())
     assert record["matrices"] == json.loads((pruned / "s3lab.json").read_text())["matrices"]
     (tuned,) = record["tuned"]
-    assert [row["step"] for row in tuned["rows"]] == [0, 3, 6] and tuned["settings"]["loss"] == ["text", "logits"]
+    assert [row["step"] for row in tuned["rows"]] == [0, 3, 6] and tuned["settings"]["loss"] == ["logits"]
     assert "## Tuned" in (out / "README.md").read_text()
     weights = (out / "model.safetensors").read_bytes()
     assert cli.main(command) == 0 and capsys.readouterr().out == told

@@ -166,7 +166,10 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
     )
     tune.add_argument("--teacher", type=path, metavar="MODEL", help="the dense model, to learn from its logits")
     tune.add_argument(
-        "--loss", choices=("text", "logits", "hidden"), action="append", help="terms to sum, repeated (default: text, and with a teacher logits)"
+        "--loss",
+        choices=("text", "logits", "hidden"),
+        action="append",
+        help="terms to sum, repeated (default: text, and with a teacher logits)",
     )
     tune.add_argument("--steps", type=count, default=200, metavar="N", help="(default: 200)")
     tune.add_argument("--tokens", type=count, default=2048, metavar="N", help="in a step (default: 2048)")

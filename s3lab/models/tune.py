@@ -79,7 +79,7 @@ def tune_model(
     True
     """
     tuning = tuning or Tuning()
-    terms = tuning.loss or ("text",) if teacher is None else ("logits",)
+    terms = tuning.loss or (("text",) if teacher is None else ("logits",))
     check_terms(model, teacher, terms)
     if not held_out:
         raise DataError("no held-out text is given, by which the best weights are told: give some sequences")

@@ -25,7 +25,6 @@ from s3lab.files import write
 from s3lab.lab.record import device_name
 
 RESULTS = Path(__file__).parent / "results" / "time_training_step.csv"
-# in which every step is one that updates the mask, where the method has such
 METHODS: dict[str, s3.training.base.Method] = {
     "fixed": s3.Fixed(),
     "ste": s3.STE(),

@@ -50,10 +50,10 @@ class Scratch:
     ) -> Iterator[dict[str, Any]]:
         """Yield what came of each pattern and method with each seed: ``rows``, a row a measurement, and a ``mask``.
 
-        The pattern of "dense" is "dense".  Rows tell ``step``, ``operations`` so far by those that a dense run takes in all, held-out ``perplexity``, and
-        ``churn``: the share of the kept weights that were exchanged since the row before, as far as both masks keep as
-        many.  With ``equal`` "operations" a run takes as many steps more as its operations are fewer.  The ``mask`` is
-        a corner of that of the first matrix of the last layer.
+        The pattern of "dense" is "dense".  Rows tell ``step``, ``operations`` so far by those that a dense run takes in
+        all, held-out ``perplexity``, and ``churn``: the share of the kept weights that were not kept at the row before.
+        With ``equal`` "operations" a run takes as many steps more as its operations are fewer.  The ``mask`` is a
+        corner of that of the first matrix of the last layer, None of "dense".
         """
         if equal not in get_args(Equal):
             raise DataError(f"equal={equal!r}: runs are of equal {' or '.join(get_args(Equal))}")

@@ -25,7 +25,7 @@ from s3lab.files import write
 from s3lab.lab.record import device_name
 
 RESULTS = Path(__file__).parent / "results" / "time_training_step.csv"
-METHODS: dict[str, s3.training.base.Method] = {
+METHODS: dict[str, Any] = {
     "fixed": s3.Fixed(),
     "ste": s3.STE(),
     "srste": s3.SRSTE(),

@@ -78,9 +78,10 @@ class Crossing:
             key = {**asdict(self), **told, "prompts": list(prompts), "tokens": tokens, "source": source}
             del key["folder"]
 
-            def make(told: dict[str, str] = told) -> dict[str, Any]:
+            def make(pattern: str = pattern, method: str = method, text: str = text) -> dict[str, Any]:
                 loaded.extend([] if loaded else [load_model(self.model, self.dtype, self.device)])
-                return told | self._measure(*loaded[0], *told.values(), prompts, tokens)
+                row = self._measure(*loaded[0], pattern, method, text, prompts, tokens)
+                return {"pattern": pattern, "method": method, "calibrated_on": text, **row}
 
             yield recall(self.folder, key, make)
 

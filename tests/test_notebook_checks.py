@@ -120,10 +120,8 @@ def recovery() -> Names:
     summary = pd.DataFrame({"trained": [9, 2, 3], "own_change_percent": [-5.0, -1.0, 0.0]}, index=index)
     table = pd.DataFrame({"own_perplexity": [10.0, *[20.0] * 6]})
     names: Names = {"pruned": table.iloc[1:], "table": table, "summary": summary, "columns": ["own_perplexity"]}
-    return names | {
-        "texts": {"own": ""}, "patterns": ["2:4"], "solvers": ["admm"], "rates": dict.fromkeys(("fixed", "spp", "lora")),
-        "steps": 4, "every": 4,
-    }  # fmt: skip
+    names |= {"patterns": ["2:4"], "solvers": ["admm"], "rates": dict.fromkeys(("fixed", "spp", "lora"))}
+    return names | {"texts": {"own": ""}, "steps": 4, "every": 4}
 
 
 def put(name: str, place: tuple, value: Any) -> Callable[[Names], None]:

@@ -30,7 +30,21 @@ from s3lab.solvers import (
 )
 from s3lab.tensors.hessian import Moment, hessian, output_error
 from s3lab.tensors.problem import Problem
-from s3lab.training import METHODS, S2FT, SPP, SRSTE, STE, Fixed, Gradual, Proximal, RigL, Sparsity, densify, sparse
+from s3lab.training import (
+    METHODS,
+    S2FT,
+    SPP,
+    SRSTE,
+    STE,
+    Fixed,
+    Gradual,
+    LoRA,
+    Proximal,
+    RigL,
+    Sparsity,
+    densify,
+    sparse,
+)
 from s3lab.version import __version__ as __version__
 
 __all__ = [
@@ -55,6 +69,7 @@ __all__ = [
     "Gradual",
     "Group",
     "Layout",
+    "LoRA",
     "Magnitude",
     "MatchVariance",
     "Member",

@@ -16,6 +16,7 @@ BAD = {
     arguments.count: [*ODD, "0", "-3", "1.5", "nan"],
     arguments.seed: [*ODD, "-1", "1.5", "9" * 19],
     arguments.share: ["", "x", "1", "-0.1", "nan", "inf", "9" * 5000],
+    arguments.rate: ["", "x", "0", "-1", "nan", "inf", "1e-999"],
     arguments.damping: ["", "x", "-1", "nan", "inf", "-inf", "Auto"],
     arguments.device: ["", "foo", "meta", "cuda:", "cuda:x", "cuda:99", "cpu:1", "cpu:٣", "cuda:-1"]
     + ["cuda"] * (not torch.cuda.is_available()),
@@ -55,6 +56,7 @@ BAD = {
 FREE = {"--tasks", "names", "spec"}  # told apart by lm_eval, the plan and the parser, whose tests are elsewhere
 NEEDS = {
     "prune": ["reference", "--spec", "2:4", "--out", "OUT"],
+    "tune": ["DIR", "--out", "OUT"],
     "eval": ["reference"],
     "reproduce": ["--out", "OUT"],
     "show": ["2:4"],

@@ -52,7 +52,7 @@ def evaluate(
     """
     documents = [documents] if isinstance(documents, str) else list(documents)
     stride = length if stride is None else stride
-    _check_window(model, length, stride, batch)
+    check_window(model, length, stride, batch)
     encoded = [tokenizer.encode(document, verbose=False) for document in documents]
     counts = {
         "token": sum(map(len, encoded)),
@@ -101,7 +101,7 @@ def evaluate_lm_eval(
     documents = [documents] if isinstance(documents, str) else list(documents)
     if not documents and not tasks:
         raise DataError("no documents and no tasks leave nothing to measure: give one or the other")
-    _check_window(model, length, length, batch)
+    check_window(model, length, length, batch)
     manager = _index_tasks(bool(tasks))
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise DataError(f"lm_eval knows no task {', '.join(unknown)}: `lm_eval ls tasks` lists its names")
@@ -181,7 +181,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _check_window(model: PreTrainedModel, length: int, stride: int, batch: int) -> None:
+def check_window(model: PreTrainedModel, length: int, stride: int, batch: int) -> None:
+    """Raise SpecError for windows that the model cannot read, that leave tokens out, or none at a time."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
     if not 1 <= length <= positions:
         raise SpecError(f"a window of length={length} does not fit the model: take 1 to {positions} tokens")

@@ -26,7 +26,10 @@ from s3lab.solvers import (
     Solution,
     SparseGPT,
     Wanda,
+    Wrap,
+    Wrapped,
     prune,
+    wrap,
 )
 from s3lab.tensors.hessian import Moment, hessian, output_error
 from s3lab.tensors.problem import Problem
@@ -94,6 +97,8 @@ __all__ = [
     "Then",
     "View",
     "Wanda",
+    "Wrap",
+    "Wrapped",
     "allocate",
     "densify",
     "hessian",
@@ -103,6 +108,7 @@ __all__ = [
     "prune_model",
     "sparse",
     "sparsify",
+    "wrap",
 ]
 
 _install()

@@ -29,7 +29,7 @@ def prune(options: argparse.Namespace) -> int:
     from s3lab.models.search.allocate import allocate
     from s3lab.models.storage.checkpoint import save_pruned
     from s3lab.models.text.pretrained import load_model
-    from s3lab.solvers import make_solver
+    from s3lab.solvers import Wrap, make_solver
     from s3lab.tensors.processes import assemble
 
     families = _read_families(options)
@@ -75,6 +75,7 @@ def prune(options: argparse.Namespace) -> int:
             damp=options.damp,
             refit=options.refit,
             refine=options.refine,
+            wrap=Wrap(block=options.wrap) if options.wrap else None,
             held_out=options.held_out,
             hessians=options.hessians,
             moments=moments,

@@ -148,6 +148,9 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     )
     prune.add_argument("--refit", action="store_true", help="fit the kept weights exactly after the solver")
     prune.add_argument("--refine", action="store_true", help="exchange blocks as well, where that lowers the error")
+    prune.add_argument(
+        "--wrap", type=count, metavar="BLOCK", help="put each core between block-diagonal matrices of such blocks"
+    )
     prune.add_argument("--hessians", choices=("pruned", "dense"), default="pruned", help="of which model's inputs")
     prune.add_argument(
         "--moments",

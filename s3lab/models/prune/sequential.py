@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from s3lab.errors import DataError
+from s3lab.errors import DataError, SolveError
 from s3lab.folder import claim
 from s3lab.markup import table
 from s3lab.models.prune.flow import Chunk, Flow, cut_chunks
@@ -30,6 +30,7 @@ from s3lab.models.structure.decoder import Decoder, find_decoder
 from s3lab.shapes import Integer
 from s3lab.solvers import make_score, make_solver
 from s3lab.solvers.base import ScoreSolver, Solver
+from s3lab.solvers.wrap import Wrap
 from s3lab.tensors.processes import ProcessGroup, find_processes
 from s3lab.version import __version__
 
@@ -85,6 +86,7 @@ def prune_model(
     refit: bool = False,
     refine: bool = False,
     salient: str | ScoreSolver | None = None,
+    wrap: Wrap | None = None,
     held_out: float = 0.1,
     hessians: str = "pruned",
     moments: str | Path | None = None,
@@ -109,7 +111,9 @@ def prune_model(
     ``calibration`` is a source of text as `corpus.tokens` takes it, of which ``sequences`` of ``length`` tokens are
     drawn with ``seed``, or ready sequences (N, L) int64, which need no tokenizer; a share ``held_out`` of them enters
     no second moment and gives the held-out errors, by which ``damp="auto"`` picks the damping of each matrix.
-    ``refit``, ``refine`` and ``salient`` are those of `prune`.  Weights keep their dtype, the model its mode.
+    ``refit``, ``refine`` and ``salient`` are those of `prune`.  With ``wrap`` each matrix becomes A S B as `s3lab.wrap`
+    has it, stored as that product, and its row tells in ``extra`` what A and B hold.  Weights keep their dtype, the
+    model its mode.
 
     ``spec`` and ``solver`` are for all matrices, or tables of globs over their names, with or without what stands
     before the list of layers, of which the first match wins; the spec "dense" leaves a matrix alone.  A matrix that
@@ -158,10 +162,13 @@ def prune_model(
         "refit": refit,
         "refine": refine,
         "salient": make_score(salient),
+        "wrap": wrap,
         "hessians": hessians,
         "scarce": scarce,
         "min_tokens": min_tokens,
     }
+    if wrap and distributed:
+        raise SolveError("a core is wrapped by one process: leave distributed off")
     processes, decoder, place = find_processes(distributed), find_decoder(model), torch.device(device or model.device)
     ids = find_sequences(tokenizer, calibration, sequences, length, seed)
     recipe = Recipe(choose_jobs(decoder, model.config, tables), choose(decoder, solvers), **options)
@@ -173,6 +180,7 @@ def prune_model(
         "solver": {glob: repr(value) for glob, value in solvers.items()},
         **options,
         "salient": None if salient is None else repr(options["salient"]),
+        "wrap": None if wrap is None else repr(wrap),
         "moments": moments is not None,
         "device": place.type,
         "versions": {"python": platform.python_version(), "s3lab": __version__}

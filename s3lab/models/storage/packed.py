@@ -110,6 +110,8 @@ def _find(
     """
     if all(row["density"] == 1 for row in rows):
         return "left dense by the run"
+    if any("extra" in row for row in rows):
+        return "wrapped: its zeros are in the core, and not in the product that is stored"
     keys, turned, square, changed = {}, set(), set(), False
     for key, row in zip(parse(spec).names or (ALONE,), rows, strict=True):
         end = f".{row['layer']}.{row['name']}.weight"

@@ -10,6 +10,7 @@ from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
 from s3lab.models.inputs.activations import Activation
 from s3lab.models.inputs.calibrate import sparsify
 from s3lab.models.prune.sequential import prune_model
+from s3lab.models.search.allocate import Allocation, allocate
 from s3lab.models.storage.quantizer import install as _install
 from s3lab.solvers import (
     ADMM,
@@ -45,6 +46,7 @@ __all__ = [
     "SRSTE",
     "STE",
     "Activation",
+    "Allocation",
     "Best",
     "Block",
     "Coupled",
@@ -77,6 +79,7 @@ __all__ = [
     "Then",
     "View",
     "Wanda",
+    "allocate",
     "densify",
     "hessian",
     "output_error",

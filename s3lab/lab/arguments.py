@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from math import inf
 
+from s3lab.errors import SpecError
+
 _MOST = 2**31
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -32,6 +34,16 @@ def share(text: str) -> float:
 def damping(text: str) -> float | str:
     """Read a damping: a share of the mean diagonal from 0 on, or "auto"."""
     return text if text == "auto" else _real(text, inf, "a number from 0 on, such as 0.01, or auto")
+
+
+def budget(text: str) -> float:
+    """Read a share of the dense cost, such as 50%."""
+    from s3lab.models.search.allocate import read_target
+
+    try:
+        return read_target(text)
+    except SpecError as error:
+        raise ArgumentTypeError(str(error)) from error
 
 
 def device(text: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -122,12 +122,14 @@ def _prune(options: argparse.Namespace) -> int:
     from s3lab.folder import claim
     from s3lab.models.prune.jobs import check_texts
     from s3lab.models.prune.sequential import prune_model
+    from s3lab.models.search.allocate import allocate
     from s3lab.models.storage.checkpoint import save_pruned
     from s3lab.models.text.pretrained import load_model
     from s3lab.solvers import make_solver
     from s3lab.tensors.processes import assemble
 
-    specs = _read_table(options.spec)
+    families = _read_families(options)
+    specs: Mapping[str, str] = _read_table(options.spec or [])
     solvers = {glob: make_solver(name) for glob, name in _read_table(options.solver or ["best"]).items()}
     check_texts(specs)
     with (
@@ -136,6 +138,28 @@ def _prune(options: argparse.Namespace) -> int:
         claim(options.out if processes.rank == 0 else None, options.force),
     ):
         model, tokenizer = load_model(options.model, options.dtype)
+        found, moments = None, options.moments
+        if families:
+            specs = found = allocate(
+                model,
+                families,
+                options.budget,
+                options.allocate or "error",
+                tokenizer=tokenizer,
+                cost=options.cost or "bytes",
+                calibration=options.calibration,
+                sequences=options.sequences,
+                length=options.length,
+                damp=options.damp,
+                held_out=options.held_out,
+                moments=moments,
+                batch=options.batch,
+                seed=options.seed,
+                out=Path(options.out) / "budget",
+                device=device,
+            )
+            print(found)
+            moments = (moments or Path(options.out) / "budget" / "moments") if options.hessians == "dense" else None
         run = prune_model(
             model,
             tokenizer,
@@ -149,7 +173,7 @@ def _prune(options: argparse.Namespace) -> int:
             refine=options.refine,
             held_out=options.held_out,
             hessians=options.hessians,
-            moments=options.moments,
+            moments=moments,
             batch=options.batch,
             seed=options.seed,
             device=device,
@@ -159,7 +183,7 @@ def _prune(options: argparse.Namespace) -> int:
         )
         if processes.rank > 0:
             return 0
-        save_pruned(model, tokenizer, options.out, run)
+        save_pruned(model, tokenizer, options.out, run, budget=found)
     errors = [row["error"] for row in run.matrices if row["error"] is not None]
     error = f"{sum(errors) / len(errors):.2%}" if errors else "none"
     print(f"kept {run.density:.1%} of {len(run.matrices)} matrices, mean error {error}: {options.out}")
@@ -235,6 +259,21 @@ def _read_table(values: Sequence[str]) -> dict[str, str]:
     """Return {glob: value} from VALUE, which is for all, and GLOB=VALUE."""
     pairs = [value.partition("=") for value in values]
     return {glob if sign else "*": value if sign else glob for glob, sign, value in pairs}
+
+
+def _read_families(options: argparse.Namespace) -> dict[str, str]:
+    """Return {glob: family} of a budget, nothing where specs are given; DataError for what does not go together."""
+    from s3lab.models.search.ladder import check_families
+
+    if options.budget is None:
+        if given := [name for name in ("allocate", "family", "cost") if getattr(options, name) is not None]:
+            raise DataError(f"--{given[0]} is for a budget: give --budget instead of --spec")
+        return {}
+    if options.distributed:
+        raise DataError("a budget is shared out by one process: allocate without --distributed, then prune by --spec")
+    families = _read_table(options.family or ["{n}:16"])
+    check_families(families)
+    return families
 
 
 def _need(*packages: str) -> None:

@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 
 from s3lab.errors import DataError
 from s3lab.lab import usage
-from s3lab.lab.arguments import DTYPES, count, damping, device, path, seed, share
+from s3lab.lab.arguments import DTYPES, budget, count, damping, device, path, seed, share
+from s3lab.models.search.cost import COSTS
+from s3lab.models.search.methods import METHODS
 from s3lab.models.text.fetchable import FETCHABLE
 from s3lab.version import __version__
 
@@ -114,9 +116,19 @@ def _add_fetch(fetch: argparse.ArgumentParser) -> None:
 
 def _add_prune(prune: argparse.ArgumentParser) -> None:
     prune.add_argument("model", type=path, metavar="MODEL")
+    what = prune.add_mutually_exclusive_group(required=True)
+    what.add_argument("--spec", action="append", metavar="SPEC", help="such as 2:4, or GLOB=SPEC, repeated")
+    what.add_argument("--budget", type=budget, metavar="SHARE", help="of the dense cost, such as 50%%, to share out")
     prune.add_argument(
-        "--spec", action="append", required=True, metavar="SPEC", help="such as 2:4, or GLOB=SPEC, repeated"
+        "--allocate", choices=tuple(METHODS), help="how a budget is shared out over the matrices (default: error)"
     )
+    prune.add_argument(
+        "--family",
+        action="append",
+        metavar="FAMILY",
+        help="of specs to choose from under a budget, such as {n}:16, or GLOB=FAMILY, repeated (default: {n}:16)",
+    )
+    prune.add_argument("--cost", choices=tuple(COSTS), help="what a budget counts (default: bytes)")
     prune.add_argument(
         "--solver", action="append", metavar="NAME", help="sobs, sparsegpt, …, or GLOB=NAME (default: best)"
     )

@@ -33,6 +33,8 @@ BAD = {
         "no-name keep 1",
     ],
     "--solver": ["", "obs", "*=obs"],
+    arguments.budget: [*ODD[:-1], "0", "0%", "-5%", "150%", "nan", "inf", "1/0", "9" * 5000 + "%", "%"],
+    "--family": ["", "2:4", "{n}:{n}", "{n};16", "{n in 4..}:16", "*=", "*={q}%", "{" * 3000, "no-name keep {p}%"],
     "--set": ["", "seed", "=1", "seed=", "no-name=1"],
     "--grid": ["", "seed", "=1", "seed=1,1"],
     "--shape": [
@@ -62,6 +64,8 @@ NEEDS = {
     "unpack": ["DIR", "--out", "OUT"],
     "inspect": ["DIR"],
 }
+BUDGET = ["reference", "--budget", "50%", "--out", "OUT"]
+OTHERS = {"--budget": ["reference", "--out", "OUT"], "--family": BUDGET, "--allocate": BUDGET, "--cost": BUDGET}
 
 
 def find_options():
@@ -103,7 +107,7 @@ def test_every_value_that_cannot_be_is_refused_before_anything_is_loaded_or_made
     tried = list(find_options())
     assert len(tried) > 200
     for command, name, value in tried:
-        needs = NEEDS[command]
+        needs = OTHERS.get(name, NEEDS[command])
         if not name.startswith("-"):
             given = [command, value, *needs[1:]]
         else:

@@ -45,6 +45,35 @@ def test_prune_saves_a_model_that_loads_and_goes_on_where_it_was(tiny, tmp_path,
     assert "kept 46.4% of 8 matrices" in capsys.readouterr().out
 
 
+def test_prune_meets_a_budget_and_records_what_was_chosen_and_why(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    budget = ["--budget", "50%", "--cost", "weights", "--family", "*.mlp.*={n in 4..12}:16", "--family", "*=dense"]
+    command = ["prune", str(tiny), *budget, "--solver", "wanda", *SMALL, "--out", str(out)]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert "50.00% of weights by error: " in told and "kept 50.0% of 6 matrices" in told
+    first = (out / "model.safetensors").read_bytes()
+    record = json.loads((out / "s3lab.json").read_text())
+    chosen = {row["name"]: row for row in record["budget"]["rows"]}
+    assert len(chosen) == 6 and record["budget"]["family"] == {"*.mlp.*": "{n in 4..12}:16", "*": "dense"}
+    for row in record["matrices"]:
+        own = chosen[f"model.layers.{row['layer']}.{row['name']}"]
+        assert row["spec"] == own["spec"] and own["error"] == own["curve"][own["spec"]]
+        assert row["density"] == pytest.approx(own["share"])
+    assert "| Budget | 50.00% of weights by error" in (out / "README.md").read_text()
+    kept = {path: path.stat().st_mtime_ns for path in (out / "budget" / "curves").rglob("*.json")}
+    assert cli.main(command) == 0 and (out / "model.safetensors").read_bytes() == first
+    assert kept == {path: path.stat().st_mtime_ns for path in (out / "budget" / "curves").rglob("*.json")}
+
+
+def test_a_budget_and_the_run_share_moments_of_the_dense_model(tiny, tmp_path, monkeypatch):
+    out, options = tmp_path / "out", ["--family", "{n in 7..9}:16", "--cost", "weights", "--hessians", "dense"]
+    command = ["prune", str(tiny), "--budget", "1/2", *options, "--solver", "wanda", *SMALL, "--out", str(out)]
+    monkeypatch.setattr("s3lab.models.prune.sequential.Flow", None)  # the run itself passes no text
+    assert cli.main(command) == 0
+    assert json.loads((out / "s3lab.json").read_text())["settings"]["moments"]
+
+
 def test_prune_picks_the_damping_of_each_matrix_where_that_is_asked(tiny, tmp_path):
     command = ["prune", str(tiny), "--spec", "2:4", "--damp", "auto", "--refine", *SMALL]
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
@@ -72,6 +101,12 @@ def test_eval_prints_perplexities(tiny, tmp_path, capsys):
         (["prune", "TINY", "--spec", "2:4", "--damp", "-1", *SMALL, "--out", "OUT"], "--damp: '-1' is out of range"),
         (["prune", "TINY", "--spec", "2:4", "--calibration", "no.txt", "--out", "OUT"], "no text in 'no.txt'"),
         (["prune", "TINY", "--spec", "*.mlp=2:4", *SMALL, "--out", "OUT"], "*.mlp"),
+        (["prune", "TINY", *SMALL, "--out", "OUT"], "one of the arguments --spec --budget is required"),
+        (["prune", "TINY", "--spec", "2:4", "--budget", "50%", *SMALL, "--out", "OUT"], "not allowed with"),
+        (["prune", "TINY", "--spec", "2:4", "--allocate", "owl", *SMALL, "--out", "OUT"], "--allocate is for a budget"),
+        (["prune", "TINY", "--spec", "2:4", "--cost", "bytes", *SMALL, "--out", "OUT"], "--cost is for a budget"),
+        (["prune", "TINY", "--budget", "1%", *SMALL, "--out", "OUT"], "the least of"),
+        (["prune", "TINY", "--budget", "50%", "--distributed", *SMALL, "--out", "OUT"], "without --distributed"),
         (["eval", "TINY", "--text", "no.txt"], "no text in 'no.txt'"),
         (["eval", "TINY", "--length", "32", "--stride", "64"], "stride=64"),
     ],

@@ -12,6 +12,7 @@ from s3lab.files import replacing, telling, write
 from s3lab.folder import check_folder
 from s3lab.models.prune.sequential import Run
 from s3lab.models.prune.shrink import Shrunk
+from s3lab.models.search.allocate import Allocation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,12 +26,13 @@ def save_pruned(
     out: str | Path,
     run: Run,
     shrunk: Shrunk | None = None,
+    budget: Allocation | None = None,
 ) -> Path:
     """Save a pruned model so that transformers loads it as any other, and return the folder ``out``.
 
     Beside weights, configuration and tokenizer stand ``s3lab.json``, the settings of the run and all its rows, and
-    ``README.md``, the model card, both with what `shrink` did, if that is given.  Every file appears whole, the
-    configuration last.  Raises DataError for a folder with files that s3lab did not make.
+    ``README.md``, the model card, both with what `shrink` did and how `allocate` chose, if that is given.  Every file
+    appears whole, the configuration last.  Raises DataError for a folder with files that s3lab did not make.
     """
     out = Path(out)
     check_folder(out)
@@ -46,19 +48,21 @@ def save_pruned(
     finally:
         shutil.rmtree(begun, ignore_errors=True)
     rows = {"layers": run.layers, "matrices": run.matrices}
-    record = {**run.manifest, "density": run.density, "shrunk": shrunk and asdict(shrunk), **rows}
+    told = {"shrunk": shrunk and asdict(shrunk), "budget": budget and budget.record}
+    record = {**run.manifest, "density": run.density, **told, **rows}
     write(out / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-    write(out / "README.md", write_card(run, shrunk).encode())
+    write(out / "README.md", write_card(run, shrunk, budget).encode())
     return out
 
 
-def write_card(run: Run, shrunk: Shrunk | None = None) -> str:
+def write_card(run: Run, shrunk: Shrunk | None = None, budget: Allocation | None = None) -> str:
     """Return the model card of a run, in Markdown."""
     settings, facts = run.manifest["settings"], run.manifest["facts"]
     stored = "Whole parts that were zero are taken out" if shrunk else "Zeros are stored"
     left = sum(row["density"] == 1 for row in run.matrices)
     about = {
-        "Pattern": _told(settings["spec"]),
+        "Pattern": _told(settings["spec"] if budget is None else budget.facts["family"]),
+        **({} if budget is None else {"Budget": budget}),
         "Solver": _told(settings["solver"]),
         "Weights kept": f"{run.density:.1%} of {len(run.matrices)} matrices" + (f", {left} left dense" if left else ""),
         "Calibration": f"{facts['calibration_tokens']} tokens in sequences of {facts['length']}",

@@ -4,6 +4,7 @@ from s3lab.lab.study.recovery import Recovery
 from s3lab.models.recover.tuning import Tuning
 
 
+@pytest.mark.slow
 def test_rows_are_of_all_methods_and_made_once(tmp_path, monkeypatch):
     recovery = Recovery("tiny", {"own": "stdlib", "other": "stdlib[90%:]"}, tmp_path, sequences=4, windows=2, length=32)
     tunings = [Tuning(method=method, steps=2, tokens=64, every=1, patience=9) for method in ("fixed", "lora")]

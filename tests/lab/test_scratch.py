@@ -21,6 +21,7 @@ def test_a_step_costs_what_its_products_do(tmp_path):
     assert scratch.cost("1:4", "static") < scratch.cost("2:4", "static")
 
 
+@pytest.mark.slow
 def test_runs_end_lawfully_and_are_made_once(tmp_path, monkeypatch):
     scratch = Scratch(RECIPE, tmp_path)
     pairs = [("dense", "dense"), ("2:4", "static"), ("2:4", "ste"), ("2:4", "one-shot")]

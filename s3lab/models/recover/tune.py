@@ -67,6 +67,7 @@ def tune_model(
     row says; SolveError where the loss is no number.  Cost: 3 forward passes over all tokens, 4 with a teacher or
     ``recompute``, and memory of 16 bytes for each number that is trained.
 
+    >>> import torch
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
     >>> import s3lab as s3
     >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}

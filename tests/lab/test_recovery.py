@@ -1,5 +1,7 @@
 """A model tuned by several methods: a row for each measurement, and nothing made twice."""
 
+import pytest
+
 from s3lab.lab.study.recovery import Recovery
 from s3lab.models.recover.tuning import Tuning
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from s3lab.errors import DataError
 from s3lab.lab.arguments import need
@@ -43,6 +44,8 @@ def prune(options: argparse.Namespace) -> int:
     ):
         model, tokenizer = load_model(options.model, options.dtype)
         found, moments = None, options.moments
+        names = ("calibration", "sequences", "length", "damp", "held_out", "batch", "seed")
+        shared: dict[str, Any] = {name: getattr(options, name) for name in names} | {"device": device}
         if families:
             specs = found = allocate(
                 model,
@@ -51,16 +54,9 @@ def prune(options: argparse.Namespace) -> int:
                 options.allocate or "error",
                 tokenizer=tokenizer,
                 cost=options.cost or "bytes",
-                calibration=options.calibration,
-                sequences=options.sequences,
-                length=options.length,
-                damp=options.damp,
-                held_out=options.held_out,
                 moments=moments,
-                batch=options.batch,
-                seed=options.seed,
                 out=Path(options.out) / "budget",
-                device=device,
+                **shared,
             )
             print(found)
             moments = (moments or Path(options.out) / "budget" / "moments") if options.hessians == "dense" else None
@@ -69,22 +65,15 @@ def prune(options: argparse.Namespace) -> int:
             tokenizer,
             specs,
             solvers,
-            calibration=options.calibration,
-            sequences=options.sequences,
-            length=options.length,
-            damp=options.damp,
             refit=options.refit,
             refine=options.refine,
             wrap=Wrap(block=options.wrap) if options.wrap else None,
-            held_out=options.held_out,
             hessians=options.hessians,
             moments=moments,
-            batch=options.batch,
-            seed=options.seed,
-            device=device,
             out=Path(options.out) / "run",
             provenance={"model": options.model, "text": options.calibration},
             distributed=processes,
+            **shared,
         )
         if processes.rank > 0:
             return 0

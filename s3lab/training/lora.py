@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s3lab.errors import SolveError
-from s3lab.training.base import Method, SparseWeight, cut_off
+from s3lab.training.base import LowRank, SparseWeight, cut_off
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(LowRank):
     """Freeze a sparse weight, and train a low-rank matrix that is added to what is kept of it.
 
         Ŵ = mask ⊙ (W + scale · B A),    A (rank, K),    B (M, rank)
@@ -35,14 +34,7 @@ class LoRA(Method):
     ['bias', 'parametrizations.weight.0.A', 'parametrizations.weight.0.B']
     """
 
-    rank: int = 16
     scale: float = 2.0
-    needs_gradient: ClassVar[bool] = False
-    freezes: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 < self.scale < float("inf"):
-            raise SolveError(f"{self}: rank is at least 1, scale above 0 and finite")
 
     def equip(self, own: SparseWeight, W: Tensor, generator: torch.Generator) -> None:
         uniform = 2 * torch.rand(self.rank, W.shape[1], generator=generator) - 1

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from s3lab.errors import DataError, SpecError
+from s3lab.models.structure.capture import evaluating
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -63,7 +63,7 @@ def evaluate(
         raise DataError(f"{len(documents)} documents without a token leave nothing to score: give some text")
     prefix = _find_prefix(tokenizer)
     rows = [row for ids in encoded for row in _cut(torch.tensor([prefix, *ids]), length, stride)]
-    with _evaluating(model):
+    with evaluating(model):
         loss = torch.stack([_score(model, rows[i : i + batch]) for i in range(0, len(rows), batch)]).sum()
     return {
         **{f"{unit}_perplexity": (loss / count).exp().item() for unit, count in counts.items()},
@@ -109,7 +109,7 @@ def evaluate_lm_eval(
     from lm_eval.models.huggingface import HFLM
 
     try:
-        with _evaluating(model):
+        with evaluating(model):
             found = simple_evaluate(
                 # lm_eval gives the tokenizer a padding token: the caller's stays as it is.
                 HFLM(
@@ -169,16 +169,6 @@ def _score(model: PreTrainedModel, rows: Sequence[tuple[Tensor, Tensor]]) -> Ten
     chosen = targets != _UNSCORED
     logits = model(input_ids=inputs, use_cache=False).logits[chosen]
     return cross_entropy(logits.float(), targets[chosen], reduction="none").double().sum().cpu()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def check_window(model: PreTrainedModel, length: int, stride: int, batch: int) -> None:

@@ -31,7 +31,7 @@ class Choice:
 def choose(costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], budget: float) -> Choice:
     """Return a rung of each item that loses least, Σ costs ≤ budget.
 
-    min Σᵢ loss[i][rᵢ]  s.t.  Σᵢ cost[i][rᵢ] ≤ budget.  For a price λ the items part: each takes the rung of the least
+    min Σᵢ lossᵢ(rᵢ)  s.t.  Σᵢ costᵢ(rᵢ) ≤ budget.  For a price λ the items part: each takes the rung of the least
     loss + λ·cost, which lies on the lower convex hull of its curve.  All hulls' steps, sorted by what they save per
     cost, give the choice of every price at once; the first that does not fit has the price that solves the dual, and
     the relaxed optimum ``bound``.  The repair then spends what is left: single changes of a rung, and pairs of them,

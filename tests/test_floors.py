@@ -16,7 +16,7 @@ GROUPS = {
 }
 MOST_FILES = 18  # of one folder
 FILES = sorted(PACKAGE.rglob("*.py"))
-SHARED_BY_SOLVERS = {"base", "refit", "elimination", "fields", "kernels"}
+SHARED_BY_SOLVERS = {"base", "refit", "elimination", "eliminate", "fields", "kernels"}
 LIGHT = {"torch", "numpy", "s3lab"}
 
 

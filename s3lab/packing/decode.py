@@ -1,9 +1,7 @@
 """Products of a few tokens with a packed weight that read its packed bytes only.
 
-A kernel in C++, `decode.cpp`, reads the bits and values row by row.  The system's compiler translates it for this very
-CPU when it is first needed, and it is kept in ``~/.cache/s3lab``.  It includes no header of torch, which would be most
-of the time to translate it, and runs on torch's own threads.  One kernel serves every pattern, as all come as bits by
-rows.  A mask that keeps whole rows and columns leaves one smaller dense weight, which has no bits to read.
+A kernel in C++, `decode.cpp`, reads the bits and values row by row.  One kernel serves every pattern, as all come as
+bits by rows.  A mask that keeps whole rows and columns leaves one smaller dense weight, which has no bits to read.
 
 The truth beside it is ``linear(x, rows.unpack(…))``.  Where there is no kernel, torch multiplies by the smaller
 dense weight, and for any other mask a layer unpacks, and says why.
@@ -12,11 +10,6 @@ dense weight, and for any other mask a layer unpacks, and says why.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -25,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from s3lab.files import replacing
 from s3lab.packing.rows import Rows
+from s3lab.tensors.compiled import NATIVE, build, pointer
 
 TOKENS = 8  # as many the kernel takes
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -42,8 +35,8 @@ class Kernel:
     cannot be made.
     """
 
-    def __init__(self, flags: Sequence[str] = ("-march=native",)) -> None:
-        self._library = _build(tuple(flags))
+    def __init__(self, flags: Sequence[str] = NATIVE) -> None:
+        self._library = build(_SOURCE, flags)
         self._library.s3lab_level.restype = ctypes.c_char_p
         self.level = self._library.s3lab_level().decode()
 
@@ -64,7 +57,7 @@ class Kernel:
     def _multiply(self, run: int, bits: Tensor, starts: Tensor, values: Tensor, x: Tensor, M: int, K: int) -> Tensor:
         y, x = torch.empty(len(x), M), x.contiguous()
         call = getattr(self._library, f"s3lab_multiply_{_TYPES[values.dtype]}")
-        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (bits, starts, values, x, y))
+        pointers = map(pointer, (bits, starts, values, x, y))
         sizes = ctypes.c_int64(M), ctypes.c_int64(K), len(x), torch.get_num_threads()
         if call(ctypes.c_int64(run), *pointers, *sizes):
             raise AssertionError(f"{len(x)} tokens are more than {TOKENS}")
@@ -130,47 +123,3 @@ def tell(rows: Rows) -> str:
 def _place(y: Tensor, own: Tensor, M: int) -> Tensor:
     """Outputs (T, M) with those of some rows in their places, zero elsewhere."""
     return y if len(own) == M else y.new_zeros(len(y), M).index_copy_(1, own, y)
-
-
-def _build(flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The kernel translated by these flags, from the cache if it is there."""
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise OSError("no C++ compiler")
-    key = "\n".join([_SOURCE.read_text(), compiler, *flags, _tell_cpu()]).encode()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s3lab"
-    # without a runtime of its own the kernel uses that of torch, whose threads are there already
-    for link in ((), ("-fopenmp",)):
-        path = home / f"decode-{hashlib.sha256(key + repr(link).encode()).hexdigest()[:16]}.so"
-        if not path.exists():
-            _compile(compiler, flags, link, path)
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:
-            if link:
-                raise
-    raise AssertionError
-
-
-def _tell_cpu() -> str:
-    """What instructions there are: a cache may be shared by machines."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def _compile(compiler: str, flags: tuple[str, ...], link: tuple[str, ...], path: Path) -> None:
-    with replacing(path) as part:
-        object_ = part.with_suffix(".o")
-        common = [compiler, "-O3", "-std=c++17", "-fPIC", "-w", *flags]
-        try:
-            for command in (
-                [*common, "-fopenmp", "-c", str(_SOURCE), "-o", str(object_)],
-                [*common, "-shared", *link, str(object_), "-o", str(part)],
-            ):
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        except subprocess.SubprocessError as error:
-            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            raise OSError(f"{compiler} failed: {lines[0] if lines else 'no message'}") from error
-        finally:
-            object_.unlink(missing_ok=True)

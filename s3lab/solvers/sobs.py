@@ -11,6 +11,7 @@ from torch import Tensor
 from s3lab.algebra.stage import Stage
 from s3lab.errors import SolveError
 from s3lab.solvers.base import Bound, Solver
+from s3lab.solvers.eliminate import take_cheapest
 from s3lab.solvers.elimination import Elimination, Workspace, list_columns, weigh
 from s3lab.solvers.fields import Choices, Field, find_fields, find_groups, make_batches
 from s3lab.solvers.refit import Refit
@@ -117,11 +118,11 @@ class _Walk:
             for first, stop in self.panels:
                 for piece in pieces:
                     piece.open(first, stop)
-                for t in range(first, stop):
-                    if all(piece.field.batches[t].alone for piece in pieces):
-                        for piece in pieces:
-                            piece.take_cheapest(t, last=t + 1 == stop)
-                    else:
+                if all(piece.alone for piece in pieces):
+                    for piece in pieces:
+                        piece.take_cheapest()
+                else:
+                    for t in range(first, stop):
                         self._decide(t, pieces, due, last=t + 1 == stop)
                 for piece in pieces:
                     piece.part.close()
@@ -232,8 +233,14 @@ class _Piece:
 
     def open(self, first: int, stop: int) -> None:
         """Look at the columns of batches ``first`` to ``stop``."""
-        self.start, self.stop = self.field.windows[first][0], self.field.windows[stop - 1][1]
-        self.part.open(self.start, self.stop)
+        self.batches = range(first, stop)
+        self.start = self.field.windows[first][0]
+        self.part.open(self.start, self.field.windows[stop - 1][1])
+
+    @property
+    def alone(self) -> bool:
+        """Whether in all open batches each unit takes its cheapest set, and no more needs to be asked."""
+        return all(self.field.batches[t].alone for t in self.batches)
 
     def weigh(self, t: int) -> Tensor:
         """Return what the sets of batch ``t`` cost, (G, u, c)."""
@@ -242,13 +249,17 @@ class _Piece:
         cost = weigh(self.part.C[:, start:stop, start:stop], self.part.w[:, start:stop], sets.flatten(1, 2))
         return cost.unflatten(1, sets.shape[1:3])
 
-    def take_cheapest(self, t: int, last: bool) -> None:
-        """Take from each unit of batch ``t`` the set that costs least."""
-        sets = self.field.batches[t].sets.expand(len(self.lost), -1, -1, -1)
-        best = self.weigh(t).argmin(-1)
-        columns = sets.gather(2, best[..., None, None].expand(-1, -1, 1, sets.shape[3])).flatten(1)
-        self.lost[:, slice(*self.field.windows[t])].scatter_(1, columns, True)
-        self._remove(t, columns, last)
+    def take_cheapest(self) -> None:
+        """Take from each unit of the open batches the set that costs least."""
+        windows = [self.field.windows[t] for t in self.batches]
+        sets = [self.field.batches[t].sets + self.field.windows[t][0] - self.start for t in self.batches]
+        found = take_cheapest(self.part.C, self.part.w, sets, [stop - self.start for _, stop in windows])
+        if found is not None:
+            columns = [_pick_sets(own, best) for own, best in zip(sets, found, strict=True)]
+            self._lose(torch.cat(columns, 1), last=True)
+            return
+        for t, own in zip(self.batches, sets, strict=True):
+            self._lose(_pick_sets(own, self.weigh(t).argmin(-1)), last=t + 1 == self.batches.stop)
 
     def add_cost(self, t: int, homes: Tensor, cost: Tensor) -> None:
         """Add what the sets of batch ``t`` cost to the rows of ``cost`` that its columns belong to, (G, n)."""
@@ -264,12 +275,22 @@ class _Piece:
         self.lost[:, start:stop] |= fresh
         wide = stop - start > _PANEL and stop == self.field.windows[-1][1]
         if not (last and wide):  # the weights feel the rest soon enough, in the refit
-            self._remove(t, list_columns(fresh), last)
+            columns = list_columns(fresh)
+            self._remove(torch.where(columns < 0, -1, columns + start - self.start), last)
 
-    def _remove(self, t: int, columns: Tensor, last: bool) -> None:
+    def _lose(self, columns: Tensor, last: bool) -> None:
+        self.lost[:, self.start :].scatter_(1, columns, True)
+        self._remove(columns, last)
+
+    def _remove(self, columns: Tensor, last: bool) -> None:
         if columns.shape[1] and not self.field.single:
-            shift = self.field.windows[t][0] - self.start
-            self.part.remove(torch.where(columns < 0, -1, columns + shift), last)
+            self.part.remove(columns, last)
+
+
+def _pick_sets(sets: Tensor, best: Tensor) -> Tensor:
+    """The columns (G, u·e) of the sets (G, u, c, e), or (1, u, c, e), whose numbers are ``best`` (G, u)."""
+    places = best[..., None, None].expand(-1, -1, 1, sets.shape[3])
+    return sets.expand(len(best), -1, -1, -1).gather(2, places).flatten(1)
 
 
 def _join(widths: list[int], most: int) -> list[tuple[int, int]]:

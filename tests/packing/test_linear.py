@@ -15,6 +15,7 @@ from s3lab.packing.file import Entry
 from s3lab.packing.linear import PackedLinear
 from s3lab.packing.rows import Rows
 from s3lab.packing.values import Values
+from s3lab.tensors import compiled
 
 M, K = 48, 256
 TEXTS = [
@@ -179,7 +180,7 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="failed"):
         decode.Kernel(("-march=no-such-cpu",))
     assert not list(tmp_path.rglob("*.so"))
-    monkeypatch.setattr(decode.shutil, "which", lambda _: None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
     with pytest.raises(OSError, match="no C"):
         decode.Kernel()
 

@@ -32,7 +32,7 @@ class _Removal(NamedTuple):
     """Columns that went out of the open ones at once, of each group, and what that adds to L, L⁻¹ and L⁻¹W."""
 
     columns: Tensor  # (G, p), from the first open column
-    factor: Tensor  # (G, p, n): the next rows of X, whose columns of what is lost later belong to L
+    factor: Tensor  # (G, p, n): the next rows of X, whose columns of what is lost later belong to L; none of the last
     inverse: Tensor  # (G, p, p): the diagonal block of L⁻¹
     weights: Tensor  # (G, p, R): the next rows of L⁻¹W
 
@@ -84,7 +84,7 @@ class Elimination:
         valid, columns = columns >= 0, columns.clamp(min=0)
         rows = _pick_rows(self.C, columns)
         inverse = _invert_factor(_pick_columns(rows, columns), valid)
-        factor, weights = inverse @ rows, inverse @ _pick_rows(self.w, columns)
+        factor, weights = rows[:, :0] if last else inverse @ rows, inverse @ _pick_rows(self.w, columns)
         self._removals.append(_Removal(columns, factor, inverse, weights))
         if last:
             return
@@ -100,11 +100,11 @@ class Elimination:
         if not self._removals:
             return
         columns = torch.cat([removal.columns for removal in self._removals], 1)
-        L = _pick_columns(torch.cat([removal.factor for removal in self._removals], 1), columns).mT
-        inverse = self._removals[0].inverse
+        inverse, factor = self._removals[0].inverse, self._removals[0].factor
         for removal in self._removals[1:]:  # the inverse of a factor grows by −(L_bb)⁻¹ L_b L⁻¹
-            corner, at = removal.inverse, inverse.shape[1]
-            below = corner.neg() @ L[:, at : at + corner.shape[1], :at] @ inverse
+            corner = removal.inverse
+            below = corner.neg() @ _pick_columns(factor, removal.columns).mT @ inverse
+            factor = torch.cat([factor, removal.factor], 1)
             inverse = torch.cat([pad(inverse, (0, corner.shape[1])), torch.cat([below, corner], 2)], 1)
         weights = torch.cat([removal.weights for removal in self._removals], 1)
         self._keep(columns + self._start, _pick_columns(self._X, columns), inverse, weights)

@@ -71,6 +71,7 @@ TABLES = {
     ("README.md", "Beyond 2:4: weights, inputs, corrections"): Source(
         PATTERNS, ("solver",), "pattern", "perplexity", PLAIN
     ),
+    ("docs/training.md", "What a step takes"): Source("benchmarks/results/time_training_step.csv", ("method",)),
 }
 
 
@@ -101,7 +102,7 @@ def read_figure(cell: str) -> str | None:
 
 
 def name(cell: str) -> str:
-    return NAMES.get(cell, cell.lower())
+    return NAMES.get(cell, cell.lower().strip("`"))
 
 
 def compare(rows: list[list[str]], source: Source) -> int:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError
+from s3lab.lab.study.bits import WEIGHT_BITS, count_index_bits
 from s3lab.models.correct.equalise import equalise
 from s3lab.models.correct.finetune import Schedule, finetune
-from s3lab.models.prune.sequential import Run, prune_model
+from s3lab.models.prune.sequential import prune_model
 from s3lab.models.structure.decoder import find_decoder
 from s3lab.models.text.reference import perplexity
 from s3lab.shapes import Integer
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CORRECTIONS = ("none", "equalise", "variance", "both", "salient", "finetune")
-WEIGHT_BITS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +60,7 @@ class Comparison:
         run = prune_model(model, None, spec, method, calibration=self.calibration, salient=self.score, **options)
         if correction == "finetune":
             finetune(model, self.dense, self.calibration, self.schedule, seed=self.seed, progress=False)
-        bits = _index_bits(run)
+        bits = count_index_bits(run.matrices)
         errors = [row["error_test"] for row in run.matrices]
         return {
             "pattern": pattern,
@@ -104,9 +102,3 @@ class Comparison:
 
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _index_bits(run: Run) -> float:
-    """Bits per weight of the pruned matrices to tell which of them are kept."""
-    bits = [prod(row["shape"]) * parse(row["spec"]).bind(row["shape"]).storage_bits for row in run.matrices]
-    return sum(bits) / sum(prod(row["shape"]) for row in run.matrices)

@@ -6,16 +6,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import s3lab
-from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError
 from s3lab.lab.run.fresh import hash_source
+from s3lab.lab.study.bits import WEIGHT_BITS, count_bits
 from s3lab.lab.study.recall import recall
 from s3lab.models.prune.sequential import prune_model
 from s3lab.models.prune.shrink import shrink
@@ -96,7 +95,7 @@ class Crossing:
         tokens: int,
     ) -> dict[str, Any]:
         began = time.perf_counter()
-        model, figures = dense, {"density": 1.0, "bits": 16.0}
+        model, figures = dense, {"density": 1.0, "bits": float(WEIGHT_BITS)}
         if method != DENSE:
             model = deepcopy(dense)
             figures = self._prune(model, tokenizer, pattern, method, text)
@@ -128,13 +127,11 @@ class Crossing:
         if " keep " in pattern:
             shrink(model)
         led = [row for row in run.matrices if row["error"] is not None]
-        sizes = [prod(row["shape"]) for row in run.matrices]
-        bits = 16 * run.density + sum(map(_index_bits, run.matrices)) / sum(sizes)
         return {
             "error_percent": 100 * sum(row["error"] for row in led) / len(led),
             "error_test_percent": 100 * sum(row["error_test"] for row in led) / len(led),
             "density": run.density,
-            "bits": bits,
+            "bits": count_bits(run.matrices),
             "solver_s": sum(row["time_s"] for row in run.matrices),
         }
 
@@ -146,13 +143,6 @@ def _read_method(method: str) -> tuple[str, str]:
         raise DataError(f"the method {method!r} is a solver and {extra!r}: behind a solver goes {' or '.join(_EXTRAS)}")
     make_solver(solver)
     return solver, extra
-
-
-def _index_bits(row: Mapping[str, Any]) -> float:
-    """The bits that tell which weights of a matrix are kept; none where whole channels go."""
-    if " keep " in row["spec"]:
-        return 0.0
-    return prod(row["shape"]) * parse(row["spec"]).bind(row["shape"]).storage_bits
 
 
 @torch.inference_mode()

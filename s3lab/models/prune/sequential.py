@@ -25,7 +25,7 @@ from s3lab.models.prune.jobs import Specs, choose, choose_jobs, read_tables, wri
 from s3lab.models.prune.layerwise import Recipe, prune_layer, prune_measured
 from s3lab.models.prune.moments import keep_moments, read_moments
 from s3lab.models.prune.rundir import RunDir, hash_tensors, layer_file
-from s3lab.models.structure.decoder import Decoder, find_decoder
+from s3lab.models.structure.decoder import Decoder, evaluating, find_decoder
 from s3lab.models.text import corpus
 from s3lab.shapes import Integer
 from s3lab.solvers import make_score, make_solver
@@ -197,7 +197,7 @@ def prune_model(
         "provenance": dict(provenance or {}),
     }
     own = out if processes.rank == 0 else None
-    with torch.no_grad(), processes.united(), claim(own), _as_evaluated(model, decoder):
+    with torch.no_grad(), processes.united(), claim(own), evaluating(model, decoder):
         _check_alike(processes, settings)
         rundir = None if out is None else RunDir(out, settings, facts, processes)
         done = sum(len(record["matrices"]) for record in rundir.layers) if rundir else 0
@@ -288,22 +288,6 @@ def _weights(decoder: Decoder, index: int, rows: list[dict[str, Any]]) -> dict[s
 def _restore(rundir: RunDir, decoder: Decoder, index: int) -> None:
     for name, W in rundir.load(layer_file(index)).items():
         decoder.matrices[index][name].weight.copy_(W)
-
-
-@contextmanager
-def _as_evaluated(model: PreTrainedModel, decoder: Decoder) -> Iterator[None]:
-    """Have the model in evaluation mode, and its experts, if any, multiply one by one as its own code says."""
-    training, experts = model.training, getattr(model.config, "_experts_implementation", "eager")
-    stacked = any(m.expert is not None for matrices in decoder.matrices for m in matrices.values())
-    model.eval()
-    if stacked:
-        model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.train(training)
-        if stacked:
-            model.set_experts_implementation(experts)
 
 
 @contextmanager

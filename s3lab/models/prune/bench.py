@@ -91,8 +91,10 @@ class Bench:
             self.run()
         return torch.cat(seen)
 
-    def close(self, x: Float[Tensor, "T K"], expected: Float[Tensor, "T K"]) -> Tensor:
-        """Return which channels of an input are as expected of all tokens, bool (K,)."""
+    def close(self, x: Float[Tensor, "t K"], expected: Float[Tensor, "T K"]) -> Tensor:
+        """Return which channels of an input are as expected of all tokens, bool (K,); none where tokens are others."""
+        if len(x) != len(expected):
+            return torch.zeros_like(expected[0], dtype=torch.bool)
         return (x - expected).norm(dim=0) <= self.tolerance * expected.norm(dim=0)
 
     def gives(self, before: Tensor) -> bool:

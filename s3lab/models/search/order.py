@@ -20,7 +20,7 @@ _ENOUGH = 1e-4  # share by which a sweep must raise it for another to follow
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """A matrix that channels run through: a pattern on it, the scores (M, K), and the offsets (U, n) of each channel."""
+    """A matrix that channels run through: its pattern, the scores (M, K), and the offsets (U, n) of each channel."""
 
     part: Bound
     scores: Float[Tensor, "M K"]
@@ -94,7 +94,7 @@ def is_alike(side: Side) -> bool:
     """Return whether what a side keeps is the same in every order: each scope lies in one channel, or in none."""
     if not isinstance(side.part, Partition):
         return False
-    part, owner = side.part, torch.full_like(side.scores, -1.0, dtype=torch.float64)
+    part, owner = side.part, torch.full(side.scores.shape, -1.0, dtype=torch.float64, device=side.scores.device)
     owner.view(-1)[side.places] = torch.arange(len(side.places), device=owner.device).double().unsqueeze(1)
     owners = part.blocks(owner).flatten(1)
     return bool((owners == owners[:, :1]).all())

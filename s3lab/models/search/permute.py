@@ -51,13 +51,13 @@ def permute(
     time, which magnitude does not need.  Channels are those between a matrix and what makes its inputs, in one layer:
     the inputs of an MLP's last matrix and the rows before it, and those of the output projection and the values, within
     each head, the same for all heads that share values.  All matrices that a channel runs through count, each under its
-    own spec, and are permuted alike, with their biases: the model stays an ordinary one, and gives what it gave.  Inputs
-    that a norm makes stay, as all layers share that order.
+    own spec, and are permuted alike, with their biases: the model stays an ordinary one, and gives what it gave.
+    Inputs that a norm makes stay, as all layers share that order.
 
-    ``spec`` is as in `prune_model`; matrices of a coupled spec and dense ones have no say.  How orders are sought is told
-    by `find_order`, ``sweeps`` times at most; none keeps less than before.  Rows: ``layer``; the ``matrices`` that read
-    the input and the ``producers`` of it; the shares of the sum of S that are kept ``before`` and ``after``; and a
-    ``note`` where nothing moved.  The model is as exact as its dtype, and its mode stays.
+    ``spec`` is as in `prune_model`; matrices of a coupled spec and dense ones have no say.  `find_order` tells how
+    orders are sought, ``sweeps`` times at most; none keeps less than before.  Rows: ``layer``; the ``matrices`` that
+    read the input and the ``producers`` of it; the shares of the sum of S that are kept ``before`` and ``after``; and
+    a ``note`` where nothing moved.  The model is as exact as its dtype, and its mode stays.
 
     Raises DataError for a score without calibration and for a model that is not a chain of layers, SpecError for a spec
     that does not fit.  Cost: a forward pass over the sequences, for each input some tens of passes of its layer over

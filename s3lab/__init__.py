@@ -10,6 +10,8 @@ from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
 from s3lab.models.inputs.activations import Activation
 from s3lab.models.inputs.calibrate import sparsify
 from s3lab.models.prune.sequential import prune_model
+from s3lab.models.search.permute import permute
+from s3lab.models.search.rotate import Rotation, rotate
 from s3lab.models.storage.quantizer import install as _install
 from s3lab.solvers import (
     ADMM,
@@ -65,6 +67,7 @@ __all__ = [
     "Refine",
     "Refit",
     "RigL",
+    "Rotation",
     "S3Error",
     "Scope",
     "ShapeError",
@@ -81,8 +84,10 @@ __all__ = [
     "hessian",
     "output_error",
     "parse",
+    "permute",
     "prune",
     "prune_model",
+    "rotate",
     "sparse",
     "sparsify",
 ]

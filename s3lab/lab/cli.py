@@ -122,6 +122,7 @@ def _prune(options: argparse.Namespace) -> int:
     from s3lab.folder import claim
     from s3lab.models.prune.jobs import check_texts
     from s3lab.models.prune.sequential import prune_model
+    from s3lab.models.search.prepare import prepare
     from s3lab.models.storage.checkpoint import save_pruned
     from s3lab.models.text.pretrained import load_model
     from s3lab.solvers import make_solver
@@ -136,6 +137,19 @@ def _prune(options: argparse.Namespace) -> int:
         claim(options.out if processes.rank == 0 else None, options.force),
     ):
         model, tokenizer = load_model(options.model, options.dtype)
+        prepared = prepare(
+            model,
+            tokenizer,
+            specs,
+            rotation=options.rotate,
+            permutation=options.permute,
+            calibration=options.calibration,
+            sequences=options.sequences,
+            length=options.length,
+            held_out=options.held_out,
+            batch=options.batch,
+            seed=options.seed,
+        )
         run = prune_model(
             model,
             tokenizer,
@@ -154,7 +168,7 @@ def _prune(options: argparse.Namespace) -> int:
             seed=options.seed,
             device=device,
             out=Path(options.out) / "run",
-            provenance={"model": options.model, "text": options.calibration},
+            provenance={"model": options.model, "text": options.calibration, **prepared},
             distributed=processes,
         )
         if processes.rank > 0:

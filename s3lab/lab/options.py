@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from s3lab.errors import DataError
 from s3lab.lab import usage
 from s3lab.lab.arguments import DTYPES, count, damping, device, path, seed, share
+from s3lab.models.search.permute import SCORES
+from s3lab.models.search.rotate import KINDS
 from s3lab.models.text.fetchable import FETCHABLE
 from s3lab.version import __version__
 
@@ -136,6 +138,12 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     prune.add_argument("--refit", action="store_true", help="fit the kept weights exactly after the solver")
     prune.add_argument("--refine", action="store_true", help="exchange blocks as well, where that lowers the error")
     prune.add_argument("--hessians", choices=("pruned", "dense"), default="pruned", help="of which model's inputs")
+    prune.add_argument(
+        "--rotate", choices=KINDS, help="the residual stream and the values of heads first, the model unchanged"
+    )
+    prune.add_argument(
+        "--permute", choices=tuple(SCORES), help="channels first, so that the specs keep most by this score"
+    )
     prune.add_argument(
         "--moments",
         type=path,

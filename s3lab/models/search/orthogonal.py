@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import pi, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def learn(
     generator = torch.Generator().manual_seed(seed)
     device = layers[0][0].W.device
     same = torch.eye(shape[-1], device=device).expand(shape).contiguous()
-    holder = nn.ParameterDict({"Q": same.clone()})
+    holder: Any = nn.ParameterDict({"Q": same.clone()})
     nn.utils.parametrizations.orthogonal(holder, "Q", orthogonal_map="cayley")
 
     def mean(Q: Tensor) -> float:

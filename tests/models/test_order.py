@@ -1,6 +1,6 @@
 """Orders of channels: exact prices, the best order by brute force, and nothing lower than the start."""
 
-from itertools import permutations
+from itertools import combinations
 
 import pytest
 import torch
@@ -64,18 +64,20 @@ def test_an_assignment_keeps_what_its_price_says():
         assert side.kept(search.order) - value == pytest.approx(gain, abs=1e-3) and gain >= 0
 
 
-@pytest.mark.parametrize("spec", ["1:2", "2:4", "1:4", "2:4@2x1"])
+@pytest.mark.parametrize("spec", ["2:4", "1:4", "3:4", "2:4@2x1"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_small_problem_comes_near_the_best_of_all_orders(spec, seed):
+def test_of_two_scopes_the_order_comes_near_the_best_of_all(spec, seed):
     side = draw(spec, 4, 8, seed)
-    best = max(side.kept(torch.tensor(order)) for order in list(permutations(range(8)))[::7])
-    assert side.kept(find_order([side], one_head(side))) > 0.98 * best
+    halves = [(0, *others) for others in combinations(range(1, 8), 3)]
+    orders = [(*half, *(channel for channel in range(8) if channel not in half)) for half in halves]
+    best = max(side.kept(torch.tensor(order)) for order in orders)
+    found = side.kept(find_order([side], one_head(side)))
+    assert 0.99 * best < found <= best * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("spec", [*PATTERNS, "8:16 plus 2:32", "50%/row", "1:2@1x16", "4:8@16x1 then 2:4"])
-@pytest.mark.parametrize("seed", range(2))
-def test_no_pattern_keeps_less_than_before(spec, seed):
-    side = draw(spec, 128, 256, seed)
+def test_no_pattern_keeps_less_than_before(spec):
+    side = draw(spec, 128, 256)
     order = find_order([side], one_head(side), sweeps=1)
     assert order.sort().values.tolist() == list(range(256))
     assert side.kept(order) >= side.kept(torch.arange(256))
@@ -103,8 +105,8 @@ def test_sides_count_together():
 def test_rows_are_alike_where_no_scope_reaches_over_two(spec, alike):
     side = rows_of(spec, 32, 64)
     assert is_alike(side) == alike
-    kept = {round(side.kept(torch.randperm(32, generator=torch.Generator().manual_seed(s))), 3) for s in range(4)}
-    assert (len(kept) == 1) == (spec != "4:8@16x1" or is_alike(rows_of(spec, 16, 64)))
+    orders = [torch.randperm(32, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    assert (len({round(side.kept(order), 3) for order in orders}) == 1) == alike
 
 
 def test_groups_are_places_that_share_scopes():

@@ -11,7 +11,7 @@ from s3lab.models.inputs.activations import Activation
 from s3lab.models.inputs.calibrate import sparsify
 from s3lab.models.prune.sequential import prune_model
 from s3lab.models.search.permute import permute
-from s3lab.models.search.rotate import Rotation, rotate
+from s3lab.models.search.rotate import rotate
 from s3lab.models.storage.quantizer import install as _install
 from s3lab.solvers import (
     ADMM,
@@ -67,7 +67,6 @@ __all__ = [
     "Refine",
     "Refit",
     "RigL",
-    "Rotation",
     "S3Error",
     "Scope",
     "ShapeError",

@@ -52,6 +52,17 @@ def test_prune_picks_the_damping_of_each_matrix_where_that_is_asked(tiny, tmp_pa
     assert all("ADMM" in row["solver"] and "Refine" in row["solver"] and row["damp"] in LADDER for row in matrices)
 
 
+def test_prune_rotates_and_permutes_first_and_says_so(tiny, tmp_path):
+    out = tmp_path / "out"
+    command = ["prune", str(tiny), "--spec", "2:4", "--solver", "wanda", "--rotate", "hadamard", "--permute", "wanda"]
+    assert cli.main([*command, *SMALL, "--out", str(out)]) == 0
+    told = json.loads((out / "s3lab.json").read_text())["facts"]["provenance"]
+    assert told["rotated"].startswith("hadamard: the residual stream, and the heads of 2 of 2 layers")
+    assert told["permuted"].startswith("wanda: 4 inputs") and "Permuted" in (out / "README.md").read_text()
+    model, _ = load_model(out)
+    assert all((layer.input_layernorm.weight == 1).all() for layer in model.model.layers)
+
+
 def test_eval_prints_perplexities(tiny, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The statement number {i} is executed before the others." for i in range(60)))

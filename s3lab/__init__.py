@@ -7,11 +7,12 @@ from s3lab.algebra.partition import Partition
 from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.algebra.spec import Block, Pattern, Scope, Spec, View
 from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
+from s3lab.models.basis.permute import permute
+from s3lab.models.basis.rotate import rotate
 from s3lab.models.inputs.activations import Activation
 from s3lab.models.inputs.calibrate import sparsify
 from s3lab.models.prune.sequential import prune_model
-from s3lab.models.search.permute import permute
-from s3lab.models.search.rotate import rotate
+from s3lab.models.search.allocate import Allocation, allocate
 from s3lab.models.storage.quantizer import install as _install
 from s3lab.solvers import (
     ADMM,
@@ -27,11 +28,28 @@ from s3lab.solvers import (
     Solution,
     SparseGPT,
     Wanda,
+    Wrap,
+    Wrapped,
     prune,
+    wrap,
 )
 from s3lab.tensors.hessian import Moment, hessian, output_error
 from s3lab.tensors.problem import Problem
-from s3lab.training import METHODS, S2FT, SPP, SRSTE, STE, Fixed, Gradual, Proximal, RigL, Sparsity, densify, sparse
+from s3lab.training import (
+    METHODS,
+    S2FT,
+    SPP,
+    SRSTE,
+    STE,
+    Fixed,
+    Gradual,
+    LoRA,
+    Proximal,
+    RigL,
+    Sparsity,
+    densify,
+    sparse,
+)
 from s3lab.version import __version__ as __version__
 
 __all__ = [
@@ -47,6 +65,7 @@ __all__ = [
     "SRSTE",
     "STE",
     "Activation",
+    "Allocation",
     "Best",
     "Block",
     "Coupled",
@@ -55,6 +74,7 @@ __all__ = [
     "Gradual",
     "Group",
     "Layout",
+    "LoRA",
     "Magnitude",
     "MatchVariance",
     "Member",
@@ -79,6 +99,9 @@ __all__ = [
     "Then",
     "View",
     "Wanda",
+    "Wrap",
+    "Wrapped",
+    "allocate",
     "densify",
     "hessian",
     "output_error",
@@ -89,6 +112,7 @@ __all__ = [
     "rotate",
     "sparse",
     "sparsify",
+    "wrap",
 ]
 
 _install()

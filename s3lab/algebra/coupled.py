@@ -72,6 +72,11 @@ class CoupledPartition:
         return index_bits(self.B, self.keep) * self.S / self._weights
 
     @property
+    def storage_rounds(self) -> tuple[tuple[str, float], ...]:
+        """The text of each round of the pattern, here one, and the bits per weight of its index."""
+        return ((self.text, self.storage_bits),)
+
+    @property
     def bitmask_bits(self) -> float:
         """Bits per weight of a mask with a bit for each block."""
         return self.B * self.S / self._weights

@@ -83,6 +83,11 @@ class Partition:
         return index_bits(self.B, self.keep, self.lines) / (self.B * self.E)
 
     @property
+    def storage_rounds(self) -> tuple[tuple[str, float], ...]:
+        """The text of each round of the pattern, here one, and the bits per weight of its index."""
+        return ((self.text, self.storage_bits),)
+
+    @property
     def bitmask_bits(self) -> float:
         """Bits per weight of a mask with a bit for each block."""
         return 1 / self.E

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from s3lab.errors import DataError, ShapeError, SolveError, SpecError
+from s3lab.models.basis.permute import permute
+from s3lab.models.basis.rotate import rotate
 from s3lab.models.inputs.activations import Activation, SparseLinear, load, save
 from s3lab.models.inputs.calibrate import Learning, sparsify
 from s3lab.models.prune.sequential import prune_model
-from s3lab.models.search.permute import permute
-from s3lab.models.search.rotate import rotate
 
 
 @pytest.mark.parametrize("ids", [torch.ones(2, 16), torch.ones(16).long(), torch.ones(2, 0).long()])

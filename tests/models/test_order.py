@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from s3lab import PATTERNS, parse
-from s3lab.models.search import order as orders
-from s3lab.models.search.order import Rivals, Side, find_groups, find_order, is_alike
+from s3lab.models.basis import order as orders
+from s3lab.models.basis.order import Rivals, Side, find_groups, find_order, is_alike
 
 PRICED = ["2:4", "1:4", "3:4", "2:4@1x2", "2:4@4x1", "4:8@16x1", "tiles16", "coupled-2:4", "1:2@1x16"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import s3lab as s3
-from s3lab.models.search.permute import permute
+from s3lab.models.basis.permute import permute
 from s3lab.models.structure.capture import find_linears
 
 PAIRS = {  # what is permuted in a layer, by what makes it

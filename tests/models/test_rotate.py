@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from s3lab.errors import DataError
-from s3lab.models.search.orthogonal import Reads, Writes, entropy, hadamard, learn
-from s3lab.models.search.rotate import rotate
+from s3lab.models.basis.orthogonal import Reads, Writes, entropy, hadamard, learn
+from s3lab.models.basis.rotate import rotate
 
 ROTATED = ["Qwen3", "Qwen2", "Llama", "Mistral", "Gemma", "Qwen3Moe"]
 

@@ -19,6 +19,7 @@ from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.algebra.picture import Cells, draw_cells, find_places
 from s3lab.algebra.spec import MATRIX, Pattern, Spec, View
 from s3lab.errors import ShapeError, SpecError
+from s3lab.lab.explore.bits import STORED, draw_bits
 from s3lab.lab.explore.grid import Grid
 from s3lab.lab.explore.shell import WIDE, Explorer
 from s3lab.solvers.magnitude import Magnitude
@@ -47,7 +48,8 @@ def explore_patterns(
 
     ``shape`` (M, K) is the smallest that fits, if None.  ``scores``, of which the highest are kept, are "random" with
     ``seed``, or the "magnitude" or "wanda" scores in a corner of a layer of the reference model.  ``view`` shows the
-    cells as the "matrix", in the "view"'s order, or in "storage" order: scope by scope, block by block.
+    cells as the "matrix", in the "view"'s order, or in "storage" order: scope by scope, block by block.  Under the
+    facts a bar tells the bits that the weight takes when it is packed, and what they are spent on.
 
     >>> explorer = explore_patterns("2:4")
     >>> explorer.spec.value = "2:"
@@ -75,14 +77,16 @@ class PatternExplorer(Explorer):
             options=_VIEWS, value=view, description="shown as", style={**WIDE, "button_width": "11em"}
         )
         self.weight = Dropdown(description="weight", style=WIDE)
-        self.grid, self.facts = Grid(), HTML()
+        self.stored = Dropdown(options=list(STORED), description="values", style=WIDE)
+        self.grid, self.facts, self.bits = Grid(), HTML(), HTML()
         self._shown: tuple[Cells, str, str] | None = None
         self._slides = True
         shape_row, score_row = HBox([self.rows, self.columns]), HBox([self.scores, self.seed])
-        controls = VBox([self.names, self.spec, self.message, shape_row, self.keep, score_row, self.weight, self.facts])
+        texts = [self.names, self.spec, self.message]
+        controls = VBox([*texts, shape_row, self.keep, score_row, self.weight, self.facts, self.stored, self.bits])
         self.children = [self.view, HBox([controls, self.grid], layout=Layout(flex_flow="row wrap", grid_gap="1em"))]
         self.refresh()
-        self.watch(self.spec, self.rows, self.columns, self.scores, self.seed, self.view, self.weight)
+        self.watch(self.spec, self.rows, self.columns, self.scores, self.seed, self.view, self.weight, self.stored)
         self.names.observe(lambda _: self.attempt(self._take_name), "value")
         self.keep.observe(lambda _: self.attempt(self._take_keep), "value")
 
@@ -100,6 +104,7 @@ class PatternExplorer(Explorer):
         self.grid.show(cells, shape[1], bound.text)
         more = f"\nthe first {len(offsets)} weights are drawn" if len(offsets) < shape[0] * shape[1] else ""
         self.facts.value = f'<div style="white-space:pre-line;line-height:1.4">{escape(describe(bound) + more)}</div>'
+        self.bits.value = draw_bits(bound, str(self.stored.value))
         self._shown = cells, bound.text, describe(bound)
         self._show_keep(pattern, part)
 

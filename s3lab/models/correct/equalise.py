@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from s3lab.errors import DataError, SpecError
-from s3lab.models.prune.bench import Absorber, Bench, find_absorbers, restored
+from s3lab.models.basis.bench import Absorber, Bench, find_absorbers, restored
 from s3lab.models.prune.flow import Flow, cut_chunks
-from s3lab.models.structure.decoder import Decoder, Matrix, evaluating, find_decoder
+from s3lab.models.structure.capture import evaluating
+from s3lab.models.structure.decoder import Decoder, Matrix, find_decoder
 from s3lab.shapes import Float, Integer
 from s3lab.wildcards import matches
 
@@ -56,7 +57,7 @@ def equalise(
     globs = [only] if isinstance(only, str) else list(only or ())
     asked = _choose(decoder, globs)
     rows: list[dict[str, Any]] = []
-    with torch.no_grad(), evaluating(model, decoder):
+    with torch.no_grad(), evaluating(model):
         flow = Flow(model, decoder, cut_chunks(ids, 0.0, batch, seed=0), model.device)
         probe = Flow(model, decoder, cut_chunks(ids[:1, :_PROBE], 0.0, 1, seed=0), model.device)
         for part in (flow, probe):

@@ -4,10 +4,9 @@ the order in which the inputs of those matrices become available."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,22 +123,6 @@ def find_decoder(model: nn.Module) -> Decoder:
     name = max(sizes, key=lambda name: (sizes[name], name.count(".")))
     layers = tuple(lists[name])
     return Decoder(name, layers, tuple(find_matrices(layer, f"{name}.{i}") for i, layer in enumerate(layers)))
-
-
-@contextmanager
-def evaluating(model: nn.Module, decoder: Decoder) -> Iterator[None]:
-    """Have the model in evaluation mode, and its experts, if any, multiply one by one as its own code says."""
-    training, experts = model.training, getattr(model.config, "_experts_implementation", "eager")
-    stacked = any(m.expert is not None for matrices in decoder.matrices for m in matrices.values())
-    model.eval()
-    if stacked:
-        cast(Any, model).set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.train(training)
-        if stacked:
-            cast(Any, model).set_experts_implementation(experts)
 
 
 class Products(TorchFunctionMode):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from s3lab.errors import DataError
-from s3lab.models.prune.bench import Absorber, Bench, restored, rows_of
+from s3lab.models.basis.bench import Absorber, Bench, restored, rows_of
 from s3lab.models.structure.decoder import Matrix
 from s3lab.shapes import Integer
 

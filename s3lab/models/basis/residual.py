@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from s3lab.errors import DataError
-from s3lab.models.prune.bench import Absorber, Bench, restored
+from s3lab.models.basis.bench import Absorber, Bench, restored
 from s3lab.models.structure.decoder import OUTPUT, Matrix
 
 _NEAR = 0.02  # of an RMS norm, in any dtype; another norm is nowhere near

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from s3lab.algebra.compose import Bound
 from s3lab.errors import DataError, SpecError
-from s3lab.models.prune.bench import Bench
+from s3lab.models.basis.bench import Bench
+from s3lab.models.basis.channels import Channels, find_channels
+from s3lab.models.basis.order import Side, find_order, is_alike
 from s3lab.models.prune.flow import Flow, cut_chunks
 from s3lab.models.prune.jobs import Job, Specs, choose_jobs, read_tables
-from s3lab.models.search.channels import Channels, find_channels
-from s3lab.models.search.order import Side, find_order, is_alike
-from s3lab.models.structure.decoder import Matrix, evaluating, find_decoder
+from s3lab.models.prune.sequential import as_evaluated
+from s3lab.models.structure.decoder import Matrix, find_decoder
 from s3lab.models.structure.structures import head_sizes
 from s3lab.shapes import Float, Integer
 from s3lab.solvers.base import ALONE
@@ -80,7 +81,7 @@ def permute(
     jobs = choose_jobs(decoder, model.config, read_tables(spec))
     ids = _draw(model, seed) if calibration is None else calibration
     rows: list[dict[str, Any]] = []
-    with torch.no_grad(), evaluating(model, decoder):
+    with torch.no_grad(), as_evaluated(model, decoder):
         probe = Flow(model, decoder, cut_chunks(ids[:1, :_PROBE], 0.0, 1, seed), model.device)
         flow = probe if by == "magnitude" else Flow(model, decoder, cut_chunks(ids, 0.0, batch, seed), model.device)
         flows = (probe,) if flow is probe else (probe, flow)

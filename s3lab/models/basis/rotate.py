@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from s3lab.errors import DataError, SolveError
-from s3lab.models.prune.bench import Absorber, Bench, restored, rows_of
+from s3lab.models.basis.bench import Absorber, Bench, restored, rows_of
+from s3lab.models.basis.channels import Channels, find_channels
+from s3lab.models.basis.orthogonal import Reads, Terms, Writes, hadamard, learn
+from s3lab.models.basis.residual import Reading, Residual, find_all_matrices, find_norms, find_residual
 from s3lab.models.prune.flow import Flow, cut_chunks
-from s3lab.models.search.channels import Channels, find_channels
-from s3lab.models.search.orthogonal import Reads, Terms, Writes, hadamard, learn
-from s3lab.models.search.residual import Reading, Residual, find_all_matrices, find_norms, find_residual
-from s3lab.models.structure.decoder import Decoder, Matrix, evaluating, find_decoder
+from s3lab.models.prune.sequential import as_evaluated
+from s3lab.models.structure.decoder import Decoder, Matrix, find_decoder
 from s3lab.models.structure.structures import head_sizes
 from s3lab.shapes import Float, Integer
 from s3lab.tensors.hessian import Moment
@@ -89,7 +90,7 @@ def rotate(
     embedding, head = _find_ends(model)
     width = embedding.weight.shape[1]
     ids = torch.randint(len(embedding.weight), (1, _PROBE), generator=generator) if calibration is None else calibration
-    with torch.no_grad(), evaluating(model, decoder):
+    with torch.no_grad(), as_evaluated(model, decoder):
         last = _find_last(model, decoder, width, head)
         layers = _survey(model, decoder, ids[:1, :_PROBE], width)
         kept = [(parameter, parameter.clone()) for parameter in model.parameters()]

@@ -66,11 +66,10 @@ def main() -> None:
             dense = perplexity(model, test)
             run = s3.prune_model(model, tokenizer, SPEC, SOLVER, **drawn, progress=False)
             errors = [row["error"] for row in run.matrices]
-            rows.append(
-                {"model": args.model, "seed": seed, "change": change, "dense": dense, "perplexity": perplexity(model, test)}
-                | {"error": sum(errors) / len(errors), "told": told, "spec": SPEC, "solver": SOLVER, **text}
-                | {"windows": args.windows, "dtype": args.dtype, "commit": commit, "device": device_name("cpu")}
-            )  # fmt: skip
+            facts = {"windows": args.windows, "dtype": args.dtype, "commit": commit, "device": device_name("cpu")}
+            found = {"dense": dense, "perplexity": perplexity(model, test), "error": sum(errors) / len(errors)}
+            named = {"model": args.model, "seed": seed, "change": change}
+            rows.append({**named, **found, "told": told, "spec": SPEC, "solver": SOLVER, **text, **facts})
             write(RESULTS, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g").encode())
             print(args.model, seed, change, *(f"{rows[-1][key]:.6g}" for key in ("dense", "perplexity", "error")))
 

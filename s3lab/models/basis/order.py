@@ -59,8 +59,8 @@ def find_order(
 
     Raises nothing that the patterns do not.  Cost of a sweep: U²·n operations and an assignment of U for each head.
 
-    Source: exchanges of channels, Pool and Yu, *Channel Permutations for N:M Sparsity*, 2021; assignment of one channel
-    out of each group, Zhang et al., *Plug-and-Play*, 2024, whose cost is exact here, not a bound.
+    Source: orders by what a pattern keeps, and exchanges, Pool and Yu, *Channel Permutations for N:M Sparsity*, 2021;
+    linear sum assignment, Zhang et al., *Plug-and-Play*, 2024.
 
     >>> from s3lab import parse
     >>> side = Side(parse("1:2").bind((1, 4)), torch.tensor([[4.0, 3, 2, 1]]), torch.arange(4)[:, None])

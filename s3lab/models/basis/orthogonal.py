@@ -80,8 +80,9 @@ def learn(
     by Adam from the identity, one layer drawn a step; Q by Cayley's map of torch.  The identity where nothing is
     gained.  Cost of a step: three products of each weight of a layer with Q, and a system of n equations.
 
-    Source: Gu et al., *DenoiseRotator*, 2025.  There, importance is that of each method and each layer has rotations of
-    its own; here it is W_ij² H_jj, and one Q goes through all layers, so that nothing is added to the model.
+    Source: Gu et al., *DenoiseRotator*, arXiv 2505.23049.  There, importance is that of each method, its entropy that
+    of rows or columns, and each layer has rotations of its own; here it is W_ij² H_jj, over a whole matrix, and one Q
+    goes through all layers, as in Liu et al., *SpinQuant*, arXiv 2405.16406, so that nothing is added to the model.
 
     >>> torch.manual_seed(0)
     <torch._C.Generator object at ...>

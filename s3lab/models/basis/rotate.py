@@ -70,8 +70,9 @@ def rotate(
     as it was, and for learning without calibration; SolveError for less than a step.  Cost: products of all
     weights with Q, a copy of the model for the time, and for learning a forward pass and the steps.
 
-    Source: Ashkboos et al., *SliceGPT* and *QuaRot*, 2024, for the rotation, of which only that part is made which
-    needs no work at run time; Gu et al., *DenoiseRotator*, 2025, for the entropy.
+    Source: Ashkboos et al., *SliceGPT*, arXiv 2401.15024, and *QuaRot*, arXiv 2404.00456, for the rotation, of which
+    only that part is made which needs no work at run time; Gu et al., *DenoiseRotator*, arXiv 2505.23049, for the
+    entropy.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
     >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}

@@ -7,6 +7,8 @@ from s3lab.algebra.partition import Partition
 from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.algebra.spec import Block, Pattern, Scope, Spec, View
 from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
+from s3lab.models.basis.permute import permute
+from s3lab.models.basis.rotate import rotate
 from s3lab.models.inputs.activations import Activation
 from s3lab.models.inputs.calibrate import sparsify
 from s3lab.models.prune.sequential import prune_model
@@ -104,8 +106,10 @@ __all__ = [
     "hessian",
     "output_error",
     "parse",
+    "permute",
     "prune",
     "prune_model",
+    "rotate",
     "sparse",
     "sparsify",
     "wrap",

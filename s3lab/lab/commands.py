@@ -22,9 +22,10 @@ def fetch(options: argparse.Namespace) -> int:
 
 
 def prune(options: argparse.Namespace) -> int:
-    """Prune a model to specs, or to a budget."""
+    """Prune a model to specs, or to a budget, in another basis where that is asked for."""
     need("transformers", "tqdm")
     from s3lab.folder import claim
+    from s3lab.models.basis.prepare import permute_and_tell, rotate_and_tell
     from s3lab.models.prune.jobs import check_texts
     from s3lab.models.prune.sequential import prune_model
     from s3lab.models.search.allocate import allocate
@@ -44,8 +45,12 @@ def prune(options: argparse.Namespace) -> int:
     ):
         model, tokenizer = load_model(options.model, options.dtype)
         found, moments = None, options.moments
-        names = ("calibration", "sequences", "length", "damp", "held_out", "batch", "seed")
-        shared: dict[str, Any] = {name: getattr(options, name) for name in names} | {"device": device}
+        names = ("calibration", "sequences", "length", "held_out", "batch", "seed")
+        text: dict[str, Any] = {name: getattr(options, name) for name in names}
+        shared = {**text, "damp": options.damp, "device": device}
+        told = {"model": options.model, "text": options.calibration}
+        if options.rotate:
+            told["rotated"] = rotate_and_tell(model, tokenizer, options.rotate, **text)
         if families:
             specs = found = allocate(
                 model,
@@ -59,7 +64,11 @@ def prune(options: argparse.Namespace) -> int:
                 **shared,
             )
             print(found)
-            moments = (moments or Path(options.out) / "budget" / "moments") if options.hessians == "dense" else None
+            # a permutation is for the specs found, and the moments from before it are of inputs in another order
+            shares = options.hessians == "dense" and not options.permute
+            moments = (moments or Path(options.out) / "budget" / "moments") if shares else None
+        if options.permute:
+            told["permuted"] = permute_and_tell(model, tokenizer, specs, options.permute, **text)
         run = prune_model(
             model,
             tokenizer,
@@ -71,7 +80,7 @@ def prune(options: argparse.Namespace) -> int:
             hessians=options.hessians,
             moments=moments,
             out=Path(options.out) / "run",
-            provenance={"model": options.model, "text": options.calibration},
+            provenance=told,
             distributed=processes,
             **shared,
         )

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from s3lab.errors import DataError
 from s3lab.lab import usage
 from s3lab.lab.arguments import DTYPES, budget, count, damping, device, path, rate, seed, share
+from s3lab.models.basis.permute import SCORES
+from s3lab.models.basis.rotate import KINDS
 from s3lab.models.search.cost import COSTS
 from s3lab.models.search.methods import METHODS
 from s3lab.models.text.fetchable import FETCHABLE
@@ -152,6 +154,12 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
         "--wrap", type=count, metavar="BLOCK", help="put each core between block-diagonal matrices of such blocks"
     )
     prune.add_argument("--hessians", choices=("pruned", "dense"), default="pruned", help="of which model's inputs")
+    prune.add_argument(
+        "--rotate", choices=KINDS, help="the residual stream and the values of heads first, the model unchanged"
+    )
+    prune.add_argument(
+        "--permute", choices=tuple(SCORES), help="channels first, so that the specs keep most by this score"
+    )
     prune.add_argument(
         "--moments",
         type=path,

@@ -7,6 +7,7 @@ import torch
 
 from s3lab import PATTERNS
 from s3lab.lab import cli
+from s3lab.models.prune.layerwise import prune_layer
 from s3lab.models.text.pretrained import load_model
 from s3lab.solvers.damping import LADDER
 
@@ -79,6 +80,43 @@ def test_prune_picks_the_damping_of_each_matrix_where_that_is_asked(tiny, tmp_pa
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
     matrices = json.loads((tmp_path / "out" / "s3lab.json").read_text())["matrices"]
     assert all("ADMM" in row["solver"] and "Refine" in row["solver"] and row["damp"] in LADDER for row in matrices)
+
+
+def test_prune_rotates_and_permutes_first_and_says_so(tiny, tmp_path):
+    out = tmp_path / "out"
+    command = ["prune", str(tiny), "--spec", "2:4", "--solver", "wanda", "--rotate", "hadamard", "--permute", "wanda"]
+    assert cli.main([*command, *SMALL, "--out", str(out)]) == 0
+    told = json.loads((out / "s3lab.json").read_text())["facts"]["provenance"]
+    assert told["rotated"].startswith("hadamard: the residual stream, and the heads of 2 of 2 layers")
+    assert told["permuted"].startswith("wanda: 4 inputs") and "Permuted" in (out / "README.md").read_text()
+    model, _ = load_model(out)
+    assert all((layer.input_layernorm.weight == 1).all() for layer in model.model.layers)
+
+
+def test_a_change_of_basis_goes_with_a_budget_and_cores_and_a_run_that_was_stopped(tiny, tmp_path, monkeypatch):
+    budget = ["--budget", "1/2", "--family", "*.o_proj={n in 1..3}:4", "--family", "*=dense", "--cost", "weights"]
+    basis = ["--rotate", "learned", "--permute", "saliency", "--wrap", "8", "--hessians", "dense"]
+    command = ["prune", str(tiny), *budget, *basis, "--solver", "wanda", *SMALL, "--out"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert cli.main([*command, str(whole)]) == 0
+    record = json.loads((whole / "s3lab.json").read_text())
+    chosen = {row["name"]: row["spec"] for row in record["budget"]["rows"]}
+    assert {f"model.layers.{row['layer']}.{row['name']}": row["spec"] for row in record["matrices"]} == chosen
+    assert record["facts"]["provenance"]["rotated"].startswith("learned: ")
+    assert record["facts"]["provenance"]["permuted"].startswith("saliency: 2 inputs")
+    assert record["settings"]["wrap"].startswith("Wrap(block=8")
+    assert record["settings"]["weights"] != record["budget"]["source"]["weights"]  # in another order than it was chosen
+
+    def stop(flow, index, *rest):
+        if index == 1:
+            raise KeyboardInterrupt
+        return prune_layer(flow, index, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("s3lab.models.prune.sequential.prune_layer", stop)
+        assert cli.main([*command, str(stopped)]) == 130
+    assert cli.main([*command, str(stopped)]) == 0
+    assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from s3lab.errors import DataError, ShapeError, SolveError, SpecError
+from s3lab.models.basis.permute import permute
+from s3lab.models.basis.rotate import rotate
 from s3lab.models.inputs.activations import Activation, SparseLinear, load, save
 from s3lab.models.inputs.calibrate import Learning, sparsify
 from s3lab.models.prune.sequential import prune_model
@@ -45,3 +47,19 @@ def test_pruning_of_inputs_says_what_to_do(make_tiny, tmp_path):
         save(model, tmp_path)
     with pytest.raises(DataError, match="holds no saved pruning"):
         load(model, tmp_path)
+
+
+def test_what_cannot_be_permuted_or_rotated_is_named(make_tiny, ids):
+    model = make_tiny("Llama")
+    with pytest.raises(DataError, match="by = 'obs': channels are permuted by magnitude, wanda, saliency"):
+        permute(model, "2:4", "obs")
+    with pytest.raises(DataError, match=r"wanda weighs inputs.*calibration"):
+        permute(model, "2:4", "wanda")
+    with pytest.raises(SpecError, match="remainder"):
+        permute(model, "2:5")
+    with pytest.raises(DataError, match="kind = 'random': a rotation is of kind hadamard or learned"):
+        rotate(model, "random")
+    with pytest.raises(DataError, match=r"learned on second moments.*calibration"):
+        rotate(model, "learned")
+    with pytest.raises(SolveError, match="steps = 0"):
+        rotate(model, "learned", ids, steps=0)

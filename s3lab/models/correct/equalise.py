@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from s3lab.errors import DataError, SpecError
+from s3lab.models.basis.bench import Absorber, Bench, find_absorbers, restored
 from s3lab.models.prune.flow import Flow, cut_chunks
 from s3lab.models.structure.capture import evaluating
-from s3lab.models.structure.decoder import Decoder, Matrix, Watch, find_course, find_decoder
+from s3lab.models.structure.decoder import Decoder, Matrix, find_decoder
 from s3lab.shapes import Float, Integer
 from s3lab.wildcards import matches
 
@@ -64,14 +63,14 @@ def equalise(
         for part in (flow, probe):
             part.embed()
         for index in range(len(decoder.layers)):
-            bench = _Bench(probe, index)
-            inputs = bench.find_inputs()
+            search = _Balance(Bench(probe, index))
+            inputs = search.bench.inputs
             peaks = _find_peaks(flow, index, [group[0] for group in inputs])
             for group, peak in zip(inputs, peaks, strict=True):
                 names = [matrix.name.removeprefix(f"{decoder.name}.{index}.") for matrix in group]
                 if globs and not asked & {matrix.name for matrix in group}:
                     continue
-                told = bench.equalise(group, peak)
+                told = search.equalise(group, peak)
                 if globs and told["note"]:
                     raise DataError(f"{group[0].name} cannot be equalised: {told['note']}; leave it out of only={only}")
                 rows.append({"layer": index, "matrices": ", ".join(names), **told})
@@ -80,65 +79,18 @@ def equalise(
     return rows
 
 
-@dataclass(frozen=True, eq=False)
-class Absorber:
-    """Part of a layer whose outputs a vector of factors scales: a norm, or a matrix by its rows, and their bias.
+class _Balance:
+    """The search, in one layer, for what can absorb the scale of an input."""
 
-    ``offset`` is 1 for norms that multiply by 1 + weight.
-    """
-
-    name: str
-    weight: Tensor
-    bias: Tensor | None
-    offset: float = 0.0
-
-    def scale(self, factor: Float[Tensor, " R"]) -> None:
-        """Multiply each output by its factor, in place."""
-        wide = self.weight.double() + self.offset
-        self.weight.copy_(wide * factor.double().view(-1, *[1] * (wide.ndim - 1)) - self.offset)
-        if self.bias is not None:
-            self.bias.mul_(factor.to(self.bias.dtype))
-
-
-def find_absorbers(layer: nn.Module, matrices: Mapping[str, Matrix]) -> list[Absorber]:
-    """Return all of a layer that could scale an input: its modules with a vector as weight, then its matrices.
-
-    >>> [absorber.name for absorber in find_absorbers(nn.Sequential(nn.LayerNorm(4)), {})]
-    ['0', '0']
-    """
-    found = []
-    for name, module in layer.named_modules():
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if isinstance(weight, Tensor) and weight.ndim == 1:
-            found += [Absorber(name, weight.detach(), _detach(bias), offset) for offset in (0.0, 1.0)]
-    owners = {id(module): name for name, module in layer.named_modules()}
-    plain = [matrix for matrix in matrices.values() if matrix.expert is None]
-    return found + [Absorber(owners[id(m.module)], m.weight, _detach(getattr(m.module, "bias", None))) for m in plain]
-
-
-class _Bench:
-    """One dense layer under test, on one sequence."""
-
-    def __init__(self, flow: Flow, index: int) -> None:
-        self.flow, self.index, self.chunk = flow, index, flow.chunks[0]
-        self.hidden = flow.get(index, "dense", self.chunk)
-        self.matrices = flow.decoder.matrices[index]
-        self.absorbers = find_absorbers(flow.decoder.layers[index], self.matrices)
-        # what doubles does so to rounding, and nothing else comes as near
-        self.tolerance = torch.finfo(self.hidden.dtype).eps ** 0.5
-
-    def find_inputs(self) -> list[tuple[Matrix, ...]]:
-        """The matrices that share an input, input by input."""
-        hidden = self.hidden.clone().requires_grad_()
-        course = find_course(self.matrices, lambda: self._run(hidden), self.chunk.ids.numel())
-        return [group for stage in course.stages for group in stage.groups]
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.absorbers = bench, find_absorbers(bench.layer, bench.matrices)
 
     def equalise(self, group: Sequence[Matrix], peak: Tensor | None) -> dict[str, Any]:
         """Equalise the input that a group of matrices shares, and tell how, or why not."""
         nothing = {"into": None, "least": 1.0, "largest": 1.0}
         if peak is None or any(matrix.expert is not None for matrix in group):
             return {**nothing, "note": "an expert's input is made of chosen tokens, not by a part of its own"}
-        before = self._read(group[0])
+        before = self.bench.read(group[0])
         note = "nothing in the layer makes its input channel by channel"
         for absorber in self.absorbers:
             owner = self._read_owner(group[0], before, absorber)
@@ -162,10 +114,10 @@ class _Bench:
         numbers = torch.arange(1, len(absorber.weight) + 1, device=before.device)
         owner = torch.zeros_like(alive, dtype=torch.long)
         for bit in range(len(numbers).bit_length()):
-            with _restored(absorber):
+            with restored(absorber):
                 absorber.scale(1.0 + (numbers >> bit & 1))
-                after = self._read(matrix)
-            doubled, same = (self._close(after, factor * before) for factor in (2, 1))
+                after = self.bench.read(matrix)
+            doubled, same = (self.bench.close(after, factor * before) for factor in (2, 1))
             if not (doubled | same)[alive].all():
                 return None
             owner += (doubled & alive).long() << bit
@@ -173,33 +125,15 @@ class _Bench:
 
     def _fold(self, group: Sequence[Matrix], absorber: Absorber, owner: Tensor, scale: Tensor) -> bool:
         """Move the scale of each output into the weights that read it; undone, and False, if the layer then differs."""
-        before = self._run(self.hidden)
+        before = self.bench.run()
         columns = torch.where(owner == _UNKNOWN, 1.0, scale[owner])
-        with _restored(absorber, *group) as keep:
+        with restored(absorber, *group) as keep:
             absorber.scale(1 / scale)
             for matrix in group:
                 matrix.weight.copy_(matrix.weight.double() * columns)
-            after = self._run(self.hidden)
-            moved = (before - self.hidden).double().norm()
-            same = bool((after - before).double().norm() <= self.tolerance * moved)
-            if same:
+            if same := self.bench.gives(before):
                 keep.clear()
         return same
-
-    def _read(self, matrix: Matrix) -> Tensor:
-        """The input of a matrix, (tokens, K)."""
-        seen: list[Tensor] = []
-        with Watch({matrix.name: matrix}, lambda matrix, x, out: seen.append(x.flatten(0, -2))):
-            self._run(self.hidden)
-        return torch.cat(seen)
-
-    def _run(self, hidden: Tensor) -> Tensor:
-        # a layer may write into what it is given
-        return self.flow.run(self.index, self.chunk, hidden.clone())
-
-    def _close(self, x: Tensor, expected: Tensor) -> Tensor:
-        """Which channels of an input are as expected of all tokens, bool (K,)."""
-        return (x - expected).norm(dim=0) <= self.tolerance * expected.norm(dim=0)
 
 
 def _choose(decoder: Decoder, globs: Sequence[str]) -> set[str]:
@@ -237,19 +171,3 @@ def _balance(group: Sequence[Matrix], peak: Tensor, owner: Tensor, outputs: int)
     ]
     ratio = largest[0] / largest[1]
     return torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0).sqrt()
-
-
-@contextmanager
-def _restored(*parts: Absorber | Matrix) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Put the tensors of the parts back at the end, but for those taken out of the list that is yielded."""
-    tensors = [t for part in parts for t in (part.weight, getattr(part, "bias", None)) if t is not None]
-    kept = [(tensor, tensor.clone()) for tensor in tensors]
-    try:
-        yield kept
-    finally:
-        for tensor, before in kept:
-            tensor.copy_(before)
-
-
-def _detach(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()

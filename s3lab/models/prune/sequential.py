@@ -167,9 +167,9 @@ def prune_model(
         "scarce": scarce,
         "min_tokens": min_tokens,
     }
-    if wrap and distributed:
-        raise SolveError("a core is wrapped by one process: leave distributed off")
     processes, decoder, place = find_processes(distributed), find_decoder(model), torch.device(device or model.device)
+    if wrap and processes.size > 1:
+        raise SolveError("a core is wrapped by one process: leave distributed off")
     ids = find_sequences(tokenizer, calibration, sequences, length, seed)
     recipe = Recipe(choose_jobs(decoder, model.config, tables), choose(decoder, solvers), **options)
     chunks = cut_chunks(ids, held_out, batch, seed)

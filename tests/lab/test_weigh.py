@@ -21,7 +21,7 @@ MODELS = {"dense": ["same", "int8"], "2:4": ["same", "int4"], "mlp-channels keep
 def weighed():
     """The rows of an untrained toy, by pattern and values, and the toy."""
     ids = torch.randint(0, 512, (10, 32), generator=torch.Generator().manual_seed(0))
-    dense = build(RECIPES["toy"]).eval().bfloat16()
+    dense = build(RECIPES["toy"]).eval()
     before = {name: p.clone() for name, p in dense.named_parameters()}
     ground = Weighing(dense, load_model("reference")[1], ids, ids[:2], "magnitude", prompt=8, tokens=2, repeats=1)
     rows = {(row["pattern"], row["values"]): row for row in ground.rows(MODELS)}
@@ -34,11 +34,11 @@ def test_bytes_a_weight_are_those_of_the_values_and_the_index(weighed):
     mlp = sum(module.weight.numel() for name, module in find_layers(dense).items() if ".mlp." in name)
     weights = sum(module.weight.numel() for module in find_layers(dense).values())
     expected = {
-        ("dense", "same"): 16,
-        ("dense", "int8"): 8 + 16 / 128,
-        ("2:4", "same"): 16 / 2 + 0.75,
-        ("2:4", "int4"): (4 + 16 / 128) / 2 + 0.75,
-        ("mlp-channels keep 50%", "same"): 16 * (1 - mlp / weights / 2),
+        ("dense", "same"): 32,
+        ("dense", "int8"): 8 + 32 / 128,
+        ("2:4", "same"): 32 / 2 + 0.75,
+        ("2:4", "int4"): (4 + 32 / 128) / 2 + 0.75,
+        ("mlp-channels keep 50%", "same"): 32 * (1 - mlp / weights / 2),
     }
     assert rows.keys() == expected.keys()
     for key, bits in expected.items():

@@ -130,6 +130,11 @@ class Nested(Composed):
         return self.first.storage_bits + self.first.density * self.second.storage_bits
 
     @property
+    def rounds(self) -> list[tuple[str, float]]:
+        """What is decided in the order of the index, each with its bits per weight, which sum up to `storage_bits`."""
+        return [*self.first.rounds, *((text, self.first.density * bits) for text, bits in self.second.rounds)]
+
+    @property
     def bitmask_bits(self) -> float:
         """Bits per weight with a bit for each block of the first part and each of the second on what is left."""
         return self.first.bitmask_bits + self.first.density * self.second.bitmask_bits
@@ -231,6 +236,11 @@ class Salient(Composed):
         number = self.salient.layout.right_inverse()
         homes = {number(part.layout(0, b, e)) // self.salient.E for b in range(part.B) for e in range(part.E)}
         return 1.0 - self.salient.density if len(homes) == 1 else 1.0
+
+    @property
+    def rounds(self) -> list[tuple[str, float]]:
+        """What is decided in the order of the index, each with its bits per weight, which sum up to `storage_bits`."""
+        return [*self.salient.rounds, *((text, self._rest * bits) for text, bits in self.main.rounds)]
 
     @property
     def bitmask_bits(self) -> float:

@@ -72,6 +72,11 @@ class CoupledPartition:
         return index_bits(self.B, self.keep) * self.S / self._weights
 
     @property
+    def rounds(self) -> list[tuple[str, float]]:
+        """What is decided in the order of the index, each with its bits per weight: this alone."""
+        return [(self.text, self.storage_bits)]
+
+    @property
     def bitmask_bits(self) -> float:
         """Bits per weight of a mask with a bit for each block."""
         return self.B * self.S / self._weights

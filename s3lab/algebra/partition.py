@@ -83,6 +83,11 @@ class Partition:
         return index_bits(self.B, self.keep, self.lines) / (self.B * self.E)
 
     @property
+    def rounds(self) -> list[tuple[str, float]]:
+        """What is decided in the order of the index, each with its bits per weight: this alone."""
+        return [(self.text, self.storage_bits)]
+
+    @property
     def bitmask_bits(self) -> float:
         """Bits per weight of a mask with a bit for each block."""
         return 1 / self.E

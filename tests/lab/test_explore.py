@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from s3lab import PATTERNS, DataError, parse
 from s3lab.lab.draw.portrait import measure_rows
 from s3lab.lab.explore import explore_patterns, explore_pruning, explore_runs
 from s3lab.models.measure.layers import generate_layer
+from s3lab.packing.codec import ALONE, pack
 
 
 def test_a_wrong_text_is_told_with_its_caret_and_leaves_the_drawing():
@@ -63,6 +65,20 @@ def test_weights_that_are_coupled_are_shown_one_at_a_time():
     drawn = explorer.grid.svg
     explorer.weight.value = "up"
     assert explorer.grid.svg != drawn
+
+
+@pytest.mark.parametrize(
+    ("text", "rounds"), [("2:4", 1), ("8:16 plus 1:32", 2), ("4:8@16x1 then 2:4", 2), ("2:4 plus 1:8 plus 1:32", 3)]
+)
+def test_it_tells_how_many_bits_a_weight_takes_and_where_they_go(text, rounds):
+    told = explore_patterns(text, (16, 64))._repr_mimebundle_()["text/plain"]
+    bits = [float(n) for n in re.findall(r"^  ([\d.]+) for ", told, re.MULTILINE)]
+    W = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed = pack(W.where(parse(text).bind((16, 64)).project(W.float().abs()), 0), text)
+    total = float(re.search(r"([\d.]+) bits a weight:", told)[1])
+    assert len(bits) == 1 + rounds and all(n > 0 for n in bits)
+    assert bits[0] == 16 * len(packed.values[ALONE].decode()) / (16 * 64)
+    assert total == pytest.approx(sum(bits), rel=1e-3) == pytest.approx(packed.bits_per_weight, rel=1e-3)
 
 
 def test_too_large_a_weight_is_told():

@@ -12,7 +12,7 @@ import torch
 from ipywidgets import HTML, BoundedIntText, Dropdown, HBox, IntSlider, Layout, Text, ToggleButtons, VBox
 from torch import Tensor
 
-from s3lab.algebra.compose import Plus, Then
+from s3lab.algebra.compose import Bound, Plus, Then
 from s3lab.algebra.coupled import CoupledPartition
 from s3lab.algebra.fit import describe, fit
 from s3lab.algebra.patterns import PATTERNS, parse
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _DRAWN = 64  # rows and columns of cells that can be told apart
 _MOST = 2**16  # weights: as many as 256×256
+_VALUE_BITS = 16
 _LAYER = "model.layers.3.mlp.up_proj"
 _VIEWS = {"matrix": "matrix", "the view's order": "view", "storage order": "storage"}
 
@@ -98,9 +99,10 @@ class PatternExplorer(Explorer):
         flat = mask.flatten().tolist()
         cells = Cells(width, offsets, scope, [first + b for b in block], [flat[offset] for offset in offsets])
         self.grid.show(cells, shape[1], bound.text)
+        told = f"{describe(bound)}\n{tell_bits(bound)}"
         more = f"\nthe first {len(offsets)} weights are drawn" if len(offsets) < shape[0] * shape[1] else ""
-        self.facts.value = f'<div style="white-space:pre-line;line-height:1.4">{escape(describe(bound) + more)}</div>'
-        self._shown = cells, bound.text, describe(bound)
+        self.facts.value = f'<div style="white-space:pre-wrap;line-height:1.4">{escape(told + more)}</div>'
+        self._shown = cells, bound.text, told
         self._show_keep(pattern, part)
 
     def picture(self) -> dict[str, str]:
@@ -164,6 +166,20 @@ class PatternExplorer(Explorer):
             assert isinstance(pattern, Spec)
             budget = Fraction(self.keep.value, 100) if isinstance(pattern.keep, Fraction) else self.keep.value
             self.spec.value = str(replace(pattern, scope=replace(pattern.scope, keep=budget)))
+
+
+def tell_bits(bound: Bound | CoupledPartition) -> str:
+    """Return how many bits a weight takes once it is packed, and where they go: to values, and to the index by round.
+
+    >>> print(tell_bits(parse("4:8@64x1 then 2:4").bind((64, 16))))
+    packed in bfloat16, 4.389 bits a weight:
+      4 for values
+      0.01367 for the index of 4:8@64x1
+      0.375 for the index of 2:4
+    """
+    parts = [(_VALUE_BITS * bound.density, "values"), *((n, f"the index of {text}") for text, n in bound.rounds)]
+    lines = [f"packed in bfloat16, {sum(n for n, _ in parts):.4g} bits a weight:"]
+    return "\n".join([*lines, *(f"  {n:.4g} for {what}" for n, what in parts)])
 
 
 def _smallest(spec: str) -> tuple[int, int]:

@@ -111,7 +111,7 @@ class Weighing:
         }
 
 
-def find_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+def find_layers(model: PreTrainedModel) -> dict[str, Any]:
     """Return the linear layers of a model by name, packed or not, without the output embedding."""
     head = model.get_output_embeddings()
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
@@ -194,8 +194,9 @@ def time_layers(
                 exact = linear(x.double(), W.double())
                 error = float((layer(x) - exact).norm() / exact.norm())
                 size = count_memory(layer)  # after it ran: it is laid out by then
-                calls = _rotate(layer, size, cold, lambda own, x=x: own(x)), _rotate(
-                    W, W.nbytes, cold, lambda own, x=x: linear(x, own)
+                calls = (
+                    _rotate(layer, size, cold, lambda own, x=x: own(x)),
+                    _rotate(W, W.nbytes, cold, lambda own, x=x: linear(x, own)),
                 )
                 own_ms, dense_ms = _take_turns(calls, repeats, device)
                 yield {

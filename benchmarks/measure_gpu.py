@@ -1,4 +1,4 @@
-"""What a GPU does, in one command: its tests, every solver at the paper's size, and the kernels' throughput.
+"""What a GPU does, in one command: its tests, every solver at the paper's size, kernels, and packed layers.
 
     python benchmarks/measure_gpu.py [--device cuda] [SLICE ...]
     python benchmarks/measure_gpu.py --device cpu --rehearse      # the same on a CPU, at sizes that mean nothing
@@ -6,6 +6,7 @@
 tests     the tests of each file that need a GPU, as pytest counts them
 paper     the size of the paper's Table 1: error, seconds and memory on a generated layer (2560, 9728), four patterns
 kernels   the Triton kernels beside plain torch: seconds, and GB/s of what they read and write
+packed    packed layers beside torch's dense product in the same dtype: seconds, and how each is computed
 
 A slice is measured row by row, each in a process of its own that has --limit seconds, and each is written at once to
 benchmarks/results/gpu_<slice>.csv, with the device's name: a run that was stopped goes on with what is missing.
@@ -20,6 +21,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +32,9 @@ import torch
 import s3lab as s3
 from s3lab.files import write
 from s3lab.models.measure.layers import generate_layer
+from s3lab.packing.codec import ALONE, pack
+from s3lab.packing.file import Entry
+from s3lab.packing.linear import PackedLinear
 from s3lab.solvers.kernels import project, prune_tokens
 from s3lab.tensors.activation import bind_token
 from s3lab.tensors.meter import Meter
@@ -38,6 +44,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PATTERNS = ["2:4", "2:4@1x2", "coupled-2:4", "block16"]
 SOLVERS = ["magnitude", "wanda", "ria", "obd", "sparsegpt", "admm", "best", "sobs"]
 KERNELS = ["project", "prune_tokens", "sparsegpt"]
+PACKED = ["2:4", "8:16", "block16", "mma-m16n8k16"]
+COLD = 1 << 29  # bytes of all copies of a weight, so that none is read from a cache
 DAMP = 1e-2
 
 
@@ -48,6 +56,7 @@ def list_rows() -> dict[str, list[dict[str, Any]]]:
         "tests": [{"file": name} for name in tested],
         "paper": [{"pattern": pattern, "solver": solver} for pattern in PATTERNS for solver in SOLVERS],
         "kernels": [{"kernel": kernel, "impl": impl} for kernel in KERNELS for impl in ("torch", "triton")],
+        "packed": [{"pattern": pattern, "tokens": tokens} for pattern in PACKED for tokens in (1, 8, 64)],
     }
 
 
@@ -90,17 +99,54 @@ def time_kernel(kernel: str, impl: Any, args: argparse.Namespace) -> dict[str, A
         "sparsegpt": (lambda: s3.prune(x, "2:4", H, s3.SparseGPT(impl=impl)), 8),
     }
     call, size = calls[kernel]
+    seconds = time_call(call, args)
+    return {"M": M, "K": K, "time_s": seconds, "gb_s": size * M * K / seconds / 1e9, "repeats": args.repeats}
+
+
+def time_call(call: Callable[[], object], args: argparse.Namespace) -> float:
+    """Return the median seconds of a call, the first two aside."""
     times: list[float] = []
     for turn in range(args.repeats + 2):
         with Meter(args.device) as meter:
             call()
         if turn >= 2:
             times.append(meter.time_s)
-    seconds = median(times)
-    return {"M": M, "K": K, "time_s": seconds, "gb_s": size * M * K / seconds / 1e9, "repeats": args.repeats}
+    return median(times)
 
 
-MEASURES: dict[str, Callable[..., dict[str, Any]]] = {"tests": run_tests, "paper": prune_layer, "kernels": time_kernel}
+@torch.inference_mode()
+def time_packed(pattern: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
+    M, K = (64, 256) if args.rehearse else (9728, 2560)
+    dense = torch.randn(M, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    W = dense.where(s3.parse(pattern).bind((M, K)).project(dense.float().abs()), 0)
+    layer = PackedLinear.of(Entry(pack(W, pattern), {ALONE: "up_proj"}), ALONE).to(args.device)
+    x, dense = torch.randn(tokens, K, device=args.device).bfloat16(), dense.to(args.device)
+    error = (layer(x).double() - x.double() @ W.to(args.device).double().T).norm() / x.norm()
+    number = 1 if args.rehearse else max(1, COLD // dense.nbytes)
+    layers, weights = (cycle([deepcopy(own) for _ in range(number)]) for own in (layer, dense))
+    seconds = [
+        time_call(call, args)
+        for call in (lambda: next(layers)(x), lambda: torch.nn.functional.linear(x, next(weights)))
+    ]
+    return {
+        "M": M,
+        "K": K,
+        "dtype": "bfloat16",
+        "path": layer.path,
+        "time_s": seconds[0],
+        "dense_s": seconds[1],
+        "faster": seconds[1] / seconds[0],
+        "error": float(error),
+        "repeats": args.repeats,
+    }
+
+
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+    "tests": run_tests,
+    "paper": prune_layer,
+    "kernels": time_kernel,
+    "packed": time_packed,
+}
 
 
 def measure_apart(name: str, row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

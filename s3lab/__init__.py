@@ -10,6 +10,7 @@ from s3lab.errors import DataError, S3Error, ShapeError, SolveError, SpecError
 from s3lab.models.inputs.activations import Activation
 from s3lab.models.inputs.calibrate import sparsify
 from s3lab.models.prune.sequential import prune_model
+from s3lab.models.search.allocate import Allocation, allocate
 from s3lab.models.storage.quantizer import install as _install
 from s3lab.solvers import (
     ADMM,
@@ -25,11 +26,28 @@ from s3lab.solvers import (
     Solution,
     SparseGPT,
     Wanda,
+    Wrap,
+    Wrapped,
     prune,
+    wrap,
 )
 from s3lab.tensors.hessian import Moment, hessian, output_error
 from s3lab.tensors.problem import Problem
-from s3lab.training import METHODS, S2FT, SPP, SRSTE, STE, Fixed, Gradual, Proximal, RigL, Sparsity, densify, sparse
+from s3lab.training import (
+    METHODS,
+    S2FT,
+    SPP,
+    SRSTE,
+    STE,
+    Fixed,
+    Gradual,
+    LoRA,
+    Proximal,
+    RigL,
+    Sparsity,
+    densify,
+    sparse,
+)
 from s3lab.version import __version__ as __version__
 
 __all__ = [
@@ -45,6 +63,7 @@ __all__ = [
     "SRSTE",
     "STE",
     "Activation",
+    "Allocation",
     "Best",
     "Block",
     "Coupled",
@@ -53,6 +72,7 @@ __all__ = [
     "Gradual",
     "Group",
     "Layout",
+    "LoRA",
     "Magnitude",
     "MatchVariance",
     "Member",
@@ -77,6 +97,9 @@ __all__ = [
     "Then",
     "View",
     "Wanda",
+    "Wrap",
+    "Wrapped",
+    "allocate",
     "densify",
     "hessian",
     "output_error",
@@ -85,6 +108,7 @@ __all__ = [
     "prune_model",
     "sparse",
     "sparsify",
+    "wrap",
 ]
 
 _install()

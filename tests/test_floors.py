@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "s3lab"
 GROUND = {"errors", "files", "folder", "version", "wildcards", "markup", "shapes"}
 FLOORS = ("algebra", "tensors", "solvers", "packing", "training", "models", "lab")
 GROUPS = {
-    "models": ("text", "structure", "prune", "correct", "inputs", "measure", "storage"),
+    "models": ("text", "structure", "prune", "search", "correct", "inputs", "measure", "storage", "recover"),
     "lab": ("draw", "run", "study", "explore"),
 }
 MOST_FILES = 18  # of one folder

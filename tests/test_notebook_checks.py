@@ -108,6 +108,35 @@ def inputs() -> Names:
     return {"act": act, "grid": grid, "gains": pd.DataFrame({"correction": ["R-Sparse"], "low": [0.1]})}
 
 
+def from_nothing() -> Names:
+    runs = [("dense", "dense"), ("2:4", "ste"), ("2:4", "static")]
+    lows = {"ste": 0.1, "static": 0.0, "dense": 0.0}
+    common = {"equal": "steps", "seed": 0}
+    rows = pd.DataFrame(
+        [
+            {**common, "pattern": p, "method": m, "step": step, "perplexity": 400.0 / step, "churn": lows[m] / step}
+            for p, m in runs
+            for step in (1, 2)
+        ]
+    )
+    names: Names = {"rows": rows, "last": rows[rows["step"] == 2], "found": runs, "seeds": [0], "equal": ["steps"]}
+    names |= {"patterns": ["2:4"], "methods": ["ste", "static"], "pairs": runs[1:]}
+    return names | {"moving": rows[rows["method"] == "ste"].assign(panel="2:4"), "scratch": SimpleNamespace(cost=cost)}
+
+
+def cost(pattern: str, method: str) -> float:
+    return 0.5
+
+
+def recovery() -> Names:
+    index = pd.MultiIndex.from_product([["2:4, admm"], ["fixed", "spp", "lora"]], names=["model", "method"])
+    summary = pd.DataFrame({"trained": [9, 2, 3], "own_change_percent": [-5.0, -1.0, 0.0]}, index=index)
+    table = pd.DataFrame({"own_perplexity": [10.0, *[20.0] * 6]})
+    names: Names = {"pruned": table.iloc[1:], "table": table, "summary": summary, "columns": ["own_perplexity"]}
+    names |= {"patterns": ["2:4"], "solvers": ["admm"], "rates": dict.fromkeys(("fixed", "spp", "lora"))}
+    return names | {"texts": {"own": ""}, "steps": 4, "every": 4}
+
+
 def put(name: str, place: tuple, value: Any) -> Callable[[Names], None]:
     def change(names: Names) -> None:
         if isinstance(names[name], pd.Series | pd.DataFrame):
@@ -276,6 +305,8 @@ RIGHT: dict[str, Callable[[], Names]] = {
     "10": corrected,
     "11": inputs,
     "12": weighed,
+    "13": from_nothing,
+    "14": recovery,
     "16": crossed,
 }
 WRONG = [
@@ -344,6 +375,19 @@ WRONG = [
     ("11", "inputs, 2:4 > 4:8 > 8:16 > 16:32 > unstructured", put("act", (2,), 7.0)),
     ("11", "a low-rank residual gains on every pattern", put("grid", (2, "gain_percent"), -0.1)),
     ("11", "its interval over the seeds lies above zero", put("gains", (0, "low"), -0.1)),
+    ("13", "every run is there", put("seeds", (), [0, 1])),
+    ("13", "every model learns", put("rows", (slice(0, 1), "perplexity"), 500.0)),
+    ("13", "masks move less at the end than at first", put("moving", (3, "churn"), 0.9)),
+    ("13", "masks that are given or nested take nothing in", put("rows", (5, "churn"), 0.1)),
+    ("13", "sparse steps cost less", put("scratch", (), SimpleNamespace(cost=lambda *_: 1.0))),
+    ("14", "every row is there", put("steps", (), 8)),
+    ("14", "all kept weights learn the most numbers", put("summary", (("2:4, admm", "lora"), "trained"), 9)),
+    ("14", "the dense model is the best", put("table", (3, "own_perplexity"), 9.0)),
+    (
+        "14",
+        "tuning all kept weights lowers the perplexity of its text",
+        put("summary", (("2:4, admm", "fixed"), "own_change_percent"), 0.1),
+    ),
 ]
 
 

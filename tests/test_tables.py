@@ -65,6 +65,9 @@ TABLES = {
     ("README.md", "Calibrated on the other text"): Source(
         REAL, ("method",), where=(("pattern", "2:4"), ("calibrated_on", "wikitext"))
     ),
+    ("README.md", "Other patterns"): Source(
+        REAL, ("pattern",), "method", "documentation_perplexity", (("calibrated_on", "documentation"),)
+    ),
     ("README.md", "Beyond 2:4: weights, inputs, corrections"): Source(
         PATTERNS, ("solver",), "pattern", "perplexity", PLAIN
     ),

@@ -89,12 +89,18 @@ class Composed:
     text: str
     shape: tuple[int, int]
     first_part: Partition
+    storage_rounds: tuple[tuple[str, float], ...]
     resolve: Callable[[Decide, Tensor], Tensor]
 
     @property
     def width(self) -> int:
         """Number of columns that a block of the first part reaches over."""
         return self.first_part.width
+
+    @property
+    def storage_bits(self) -> float:
+        """Bits per weight of the index, of all its rounds."""
+        return sum(bits for _, bits in self.storage_rounds)
 
     def project(self, scores: Tensor) -> Tensor:
         """Return the mask (M, K), True = kept, that keeps the blocks of the highest sums of scores, round by round."""
@@ -125,14 +131,10 @@ class Nested(Composed):
         return self.first.density * self.second.density
 
     @property
-    def storage_bits(self) -> float:
-        """Bits per weight of the index: that of the first part, and of the second on what the first kept."""
-        return self.first.storage_bits + self.first.density * self.second.storage_bits
-
-    @property
-    def rounds(self) -> list[tuple[str, float]]:
-        """What is decided in the order of the index, each with its bits per weight, which sum up to `storage_bits`."""
-        return [*self.first.rounds, *((text, self.first.density * bits) for text, bits in self.second.rounds)]
+    def storage_rounds(self) -> tuple[tuple[str, float], ...]:
+        """Bits per weight of the index by round: of the first part, and of the second on what the first kept."""
+        inside = ((text, self.first.density * bits) for text, bits in self.second.storage_rounds)
+        return (*self.first.storage_rounds, *inside)
 
     @property
     def bitmask_bits(self) -> float:
@@ -222,9 +224,9 @@ class Salient(Composed):
         return min(1.0, self.salient.density + self._rest * self.main.density)
 
     @property
-    def storage_bits(self) -> float:
-        """Bits per weight of the index: that of the salient part, and of the main part where it decides."""
-        return self.salient.storage_bits + self._rest * self.main.storage_bits
+    def storage_rounds(self) -> tuple[tuple[str, float], ...]:
+        """Bits per weight of the index by round: of the salient part, and of the main part where it decides."""
+        return (*self.salient.storage_rounds, *((text, self._rest * bits) for text, bits in self.main.storage_rounds))
 
     @cached_property
     def _rest(self) -> float:
@@ -236,11 +238,6 @@ class Salient(Composed):
         number = self.salient.layout.right_inverse()
         homes = {number(part.layout(0, b, e)) // self.salient.E for b in range(part.B) for e in range(part.E)}
         return 1.0 - self.salient.density if len(homes) == 1 else 1.0
-
-    @property
-    def rounds(self) -> list[tuple[str, float]]:
-        """What is decided in the order of the index, each with its bits per weight, which sum up to `storage_bits`."""
-        return [*self.salient.rounds, *((text, self._rest * bits) for text, bits in self.main.rounds)]
 
     @property
     def bitmask_bits(self) -> float:

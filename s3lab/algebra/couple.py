@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -191,6 +191,19 @@ class Coupled(Pattern):
                 f"{', '.join(f'{name} {extents}' for name, extents in shape.items())}"
             )
         return _bind_coupled(self, tuple((name, check_shape(shape[name], name)) for name in self.names))
+
+    def rename(self, names: Mapping[str, str]) -> Coupled:
+        """Return the coupling of the tensors of other names, each given by its old one.
+
+        >>> from s3lab import parse
+        >>> str(parse("q: (1,1) | k: (1,1) keep 50%").rename({"q": "q_proj", "k": "k_proj"}))
+        'q_proj: (1,1) | k_proj: (1,1) keep 50%'
+        """
+        groups = (
+            replace(group, members=tuple(replace(member, name=names[member.name]) for member in group.members))
+            for group in self.groups
+        )
+        return Coupled(tuple(groups), self.keep)
 
     def check(self, mask: Mapping[str, Tensor]) -> None:
         """Raise SpecError, naming the first scope at fault, unless the masks by name keep what this asks for."""

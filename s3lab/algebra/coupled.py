@@ -72,9 +72,9 @@ class CoupledPartition:
         return index_bits(self.B, self.keep) * self.S / self._weights
 
     @property
-    def rounds(self) -> list[tuple[str, float]]:
-        """What is decided in the order of the index, each with its bits per weight: this alone."""
-        return [(self.text, self.storage_bits)]
+    def storage_rounds(self) -> tuple[tuple[str, float], ...]:
+        """The text of each round of the pattern, here one, and the bits per weight of its index."""
+        return ((self.text, self.storage_bits),)
 
     @property
     def bitmask_bits(self) -> float:

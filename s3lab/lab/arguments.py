@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
+from importlib.util import find_spec
 from math import inf
+
+from s3lab.errors import DataError, SpecError
 
 _MOST = 2**31
 
@@ -29,9 +32,27 @@ def share(text: str) -> float:
     return _real(text, 1.0, "a share from 0 to below 1, such as 0.1")
 
 
+def rate(text: str) -> float:
+    """Read a learning rate, a finite number above 0."""
+    what = "a number above 0, such as 1e-4"
+    if (value := _real(text, inf, what)) == 0:
+        raise ArgumentTypeError(f"{text!r} is out of range: give {what}")
+    return value
+
+
 def damping(text: str) -> float | str:
     """Read a damping: a share of the mean diagonal from 0 on, or "auto"."""
     return text if text == "auto" else _real(text, inf, "a number from 0 on, such as 0.01, or auto")
+
+
+def budget(text: str) -> float:
+    """Read a share of the dense cost, such as 50%."""
+    from s3lab.models.search.allocate import read_target
+
+    try:
+        return read_target(text)
+    except SpecError as error:
+        raise ArgumentTypeError(str(error)) from error
 
 
 def device(text: str) -> str:
@@ -82,3 +103,10 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def need(*packages: str) -> None:
+    """Raise DataError, saying how they come, for packages that are not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise DataError(f"this needs {', '.join(missing)}: pip install 's3lab[all]'")

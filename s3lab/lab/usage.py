@@ -90,9 +90,26 @@ examples:
   s3lab prune reference --spec 2:4 --solver sobs --out pruned
   s3lab prune my-model --spec '*.mlp.*=2:4' --spec '*.o_proj=8:16' --spec '*=dense' --out pruned
   s3lab prune Qwen/Qwen3-1.7B --spec 2:4 --calibration c4 --sequences 1024 --length 1024 --device cuda --out pruned
+  s3lab prune my-model --budget 50% --allocate error --family '{n}:16' --out pruned
   torchrun --nproc-per-node 4 --no-python s3lab prune my-model --spec 2:4 --device cuda --distributed --out pruned
 
-A spec or solver of the form GLOB=VALUE is for the matrices whose names match; the first that matches counts.
+A spec, solver or family of the form GLOB=VALUE is for the matrices whose names match; the first that matches counts.
+A budget is a share of what the dense matrices take; what each of them gets is in FOLDER/budget and in s3lab.json.
+"""
+TUNE = """\
+Train the weights that a pruned model kept, and leave every zero where it is.
+
+DIR is a folder that `s3lab prune` left; its record s3lab.json says which matrices were pruned by which spec.  Those are
+trained, in float32: their kept weights (fixed), or a low-rank factor (spp) or summand (lora) on them.  Some sequences
+of the text are held out; the weights that are saved are those that did best on them, the untouched ones included.
+Every so many steps the run is saved in FOLDER/run: the same command goes on after a crash.
+"""
+TUNE_EXAMPLES = """\
+examples:
+  s3lab tune pruned --out tuned
+  s3lab tune pruned --teacher reference --method lora --steps 400 --out tuned
+  s3lab tune pruned --teacher smollm2 --loss logits --text my-text.txt --watch other-text.txt --out tuned
+  s3lab eval tuned
 """
 EVAL = """\
 Measure the perplexity of a causal language model per token, word and byte, and lm_eval tasks if any are named.

@@ -2,7 +2,8 @@
 //
 // A row is read once: its bits and its values, in order, nothing else.  `expand` has a bit for each weight and moves
 // the values of a vector of weights to their places in a register; `runs` has a bit for each 16 weights, which are all
-// kept or all pruned, and passes over those that are not there.  Sums are in float32.
+// kept or all pruned, and passes over those that are not there; `whole` has no bits, as all weights are there.  Tokens
+// are of the weight's type, so that they stay in the first cache; sums are in float32.
 
 #include <cstdint>
 #include <cstring>
@@ -19,6 +20,9 @@
 
 namespace {
 
+constexpr int64_t PADDED = 64;  // tokens end so for rows that are whole
+constexpr int AHEAD = 2048;     // bytes: values that have to be placed are asked for so early
+
 using bf16 = uint16_t;
 
 inline float widen(float value) { return value; }
@@ -31,38 +35,56 @@ inline float widen(bf16 value) {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI2__)
 
-constexpr int WIDE = 16;
 using Vector = __m512;
 inline Vector none() { return _mm512_setzero_ps(); }
-inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
-inline Vector load(const bf16* p) {
+inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
+
+// Vectors of weights as they are in memory: 16 of float32, 32 of bfloat16.
+inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512i load(const bf16* p) { return _mm512_loadu_si512(p); }
+inline Vector add_product(__m512 a, __m512 b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
+inline Vector add_product(__m512i a, __m512i b, Vector sum) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+    auto odd = [&](__m512i v) { return _mm512_castsi512_ps(_mm512_and_si512(v, high)); };
+    auto even = [&](__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); };
+    return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sum));
+#endif
+}
+// The next values at the places whose bits are set; near the end no more of them are read than there are bits.
+inline __m512 spread(const float*& p, const uint8_t* bits, const float* end) {
+    uint16_t mask;
+    std::memcpy(&mask, bits, 2);
+    int count = __builtin_popcount(mask);
+    __m512 next = end - p >= 16 ? load(p) : _mm512_maskz_loadu_ps(static_cast<uint16_t>((1u << count) - 1), p);
+    p += count;
+    return _mm512_maskz_expand_ps(mask, next);
+}
+inline __m512i spread(const bf16*& p, const uint8_t* bits, const bf16* end) {
+    uint32_t mask;
+    std::memcpy(&mask, bits, 4);
+    int count = __builtin_popcount(mask);
+    __m512i next = end - p >= 32 ? load(p) : _mm512_maskz_loadu_epi16(static_cast<uint32_t>((1ull << count) - 1), p);
+    p += count;
+    return _mm512_maskz_expand_epi16(mask, next);
+}
+template <class Value>
+constexpr int WIDE = 64 / sizeof(Value);
+
+constexpr int FLOATS = 16;
+inline Vector load_floats(const float* p) { return load(p); }
+inline Vector load_floats(const bf16* p) {
     __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-}
-inline Vector add_product(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
-inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
-// The next values at the places whose bits are set; no more of them are read than there are bits.
-inline Vector spread(const float*& p, const uint8_t* bits, const float*) {
-    uint16_t mask;
-    std::memcpy(&mask, bits, 2);
-    int count = __builtin_popcount(mask);
-    Vector v = _mm512_maskz_expand_ps(mask, _mm512_maskz_loadu_ps(static_cast<uint16_t>((1u << count) - 1), p));
-    p += count;
-    return v;
-}
-inline Vector spread(const bf16*& p, const uint8_t* bits, const bf16*) {
-    uint16_t mask;
-    std::memcpy(&mask, bits, 2);
-    int count = __builtin_popcount(mask);
-    __m256i next = _mm256_maskz_loadu_epi16(static_cast<uint16_t>((1u << count) - 1), p);
-    __m256i placed = _mm256_maskz_expand_epi16(mask, next);
-    p += count;
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(placed), 16));
 }
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
+template <class Value>
 constexpr int WIDE = 8;
+constexpr int FLOATS = 8;
 using Vector = __m256;
 inline Vector none() { return _mm256_setzero_ps(); }
 inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
@@ -70,6 +92,8 @@ inline Vector load(const bf16* p) {
     __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
 }
+template <class Value>
+inline Vector load_floats(const Value* p) { return load(p); }
 inline Vector add_product(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
 inline float total(Vector v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -104,7 +128,9 @@ inline Vector spread(const Value*& p, const uint8_t* bits, const Value* end) {
 
 #else
 
+template <class Value>
 constexpr int WIDE = 8;
+constexpr int FLOATS = 8;
 struct Vector { float at[8]; };
 inline Vector none() { return Vector{}; }
 template <class Value>
@@ -113,6 +139,8 @@ inline Vector load(const Value* p) {
     for (int i = 0; i < 8; ++i) v.at[i] = widen(p[i]);
     return v;
 }
+template <class Value>
+inline Vector load_floats(const Value* p) { return load(p); }
 inline Vector add_product(Vector a, Vector b, Vector sum) {
     for (int i = 0; i < 8; ++i) sum.at[i] += a.at[i] * b.at[i];
     return sum;
@@ -131,44 +159,74 @@ inline Vector spread(const Value*& p, const uint8_t* bits, const Value*) {
 
 #endif
 
+// One row times the tokens: `next` gives the weights from column k on, and is asked in order.
+template <int TOKENS, class Value, class Next>
+inline void multiply_row(Next next, const Value* x, int64_t stride, float* y, int64_t M, int64_t K) {
+    constexpr int W = WIDE<Value>;
+    Vector even[TOKENS], odd[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) even[t] = odd[t] = none();
+    for (int64_t k = 0; k < K; k += 2 * W) {
+        auto first = next(k);
+        for (int t = 0; t < TOKENS; ++t) even[t] = add_product(first, load(x + t * stride + k), even[t]);
+        if (k + W >= K) break;
+        auto second = next(k + W);
+        for (int t = 0; t < TOKENS; ++t) odd[t] = add_product(second, load(x + t * stride + k + W), odd[t]);
+    }
+    for (int t = 0; t < TOKENS; ++t) y[t * M] = total(even[t]) + total(odd[t]);
+}
+
 template <int TOKENS, class Value>
-void expand(const uint8_t* bits, const int64_t* starts, const Value* values, const float* x, float* y, int64_t M,
+void expand(const uint8_t* bits, const int64_t* starts, const Value* values, const Value* x, float* y, int64_t M,
             int64_t K, int threads) {
     const Value* end = values + starts[M];
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < M; ++row) {
         const uint8_t* own = bits + row * (K / 8);
-        const Value* next = values + starts[row];
-        Vector even[TOKENS], odd[TOKENS];
-        for (int t = 0; t < TOKENS; ++t) even[t] = odd[t] = none();
-        for (int64_t k = 0; k < K; k += 2 * WIDE) {
-            Vector first = spread(next, own + k / 8, end), second = spread(next, own + (k + WIDE) / 8, end);
-            for (int t = 0; t < TOKENS; ++t) {
-                even[t] = add_product(first, load(x + t * K + k), even[t]);
-                odd[t] = add_product(second, load(x + t * K + k + WIDE), odd[t]);
-            }
-        }
-        for (int t = 0; t < TOKENS; ++t) y[t * M + row] = total(even[t]) + total(odd[t]);
+        const Value* p = values + starts[row];
+        auto next = [&](int64_t k) {
+            __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD);
+            return spread(p, own + k / 8, end);
+        };
+        multiply_row<TOKENS>(next, x, K, y + row, M, K);
     }
 }
 
 template <int TOKENS, class Value>
-void runs(const uint8_t* bits, const int64_t* starts, const Value* values, const float* x, float* y, int64_t M,
+void whole(const Value* values, const Value* x, float* y, int64_t M, int64_t K, int threads) {
+    int64_t stride = (K + PADDED - 1) / PADDED * PADDED;
+    const Value* end = values + M * K;
+    uint64_t last = (uint64_t{1} << K % WIDE<Value>) - 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < M; ++row) {
+        const Value* own = values + row * K;
+        auto next = [&](int64_t k) {
+            const Value* p = own + k;
+            return K - k >= WIDE<Value> ? load(p) : spread(p, reinterpret_cast<const uint8_t*>(&last), end);
+        };
+        multiply_row<TOKENS>(next, x, stride, y + row, M, K);
+    }
+}
+
+template <int TOKENS, class Value>
+void runs(const uint8_t* bits, const int64_t* starts, const Value* values, const Value* x, float* y, int64_t M,
           int64_t K, int threads) {
-    int64_t bytes = (K / 16 + 7) / 8;
+    int64_t words = (K / 16 + 63) / 64;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < M; ++row) {
         const Value* next = values + starts[row];
-        Vector sum[TOKENS][16 / WIDE];
+        Vector sum[TOKENS][16 / FLOATS];
         for (int t = 0; t < TOKENS; ++t)
             for (Vector& part : sum[t]) part = none();
-        for (int64_t byte = 0; byte < bytes; ++byte)
-            for (unsigned mask = bits[row * bytes + byte]; mask; mask &= mask - 1) {
-                const float* there = x + (byte * 8 + __builtin_ctz(mask)) * 16;
-                for (int part = 0; part < 16 / WIDE; ++part, next += WIDE)
+        for (int64_t word = 0; word < words; ++word) {
+            uint64_t mask;
+            std::memcpy(&mask, bits + (row * words + word) * 8, 8);
+            for (; mask; mask &= mask - 1) {
+                const Value* there = x + (word * 64 + __builtin_ctzll(mask)) * 16;
+                for (int part = 0; part < 16 / FLOATS; ++part, next += FLOATS, there += FLOATS)
                     for (int t = 0; t < TOKENS; ++t)
-                        sum[t][part] = add_product(load(next), load(there + t * K + part * WIDE), sum[t][part]);
+                        sum[t][part] = add_product(load_floats(next), load_floats(there + t * K), sum[t][part]);
             }
+        }
         for (int t = 0; t < TOKENS; ++t) {
             y[t * M + row] = 0;
             for (Vector part : sum[t]) y[t * M + row] += total(part);
@@ -176,14 +234,16 @@ void runs(const uint8_t* bits, const int64_t* starts, const Value* values, const
     }
 }
 
+// `run` weights stand or fall together, K of them in a row that is whole.
 template <class Value>
-int multiply(int run, const uint8_t* bits, const int64_t* starts, const Value* values, const float* x, float* y,
+int multiply(int64_t run, const uint8_t* bits, const int64_t* starts, const Value* values, const Value* x, float* y,
              int64_t M, int64_t K, int tokens, int threads) {
     switch (tokens) {
-#define CASE(T)                                                                  \
-    case T:                                                                      \
-        run == 1 ? expand<T>(bits, starts, values, x, y, M, K, threads)          \
-                 : runs<T>(bits, starts, values, x, y, M, K, threads);           \
+#define CASE(T)                                                                        \
+    case T:                                                                            \
+        if (run == K) whole<T>(values, x, y, M, K, threads);                           \
+        else if (run == 16) runs<T>(bits, starts, values, x, y, M, K, threads);        \
+        else expand<T>(bits, starts, values, x, y, M, K, threads);                     \
         return 0;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
@@ -197,12 +257,12 @@ extern "C" {
 
 const char* s3lab_level() { return LEVEL; }
 
-int s3lab_multiply_float32(int run, const uint8_t* bits, const int64_t* starts, const float* values, const float* x,
+int s3lab_multiply_float32(int64_t run, const uint8_t* bits, const int64_t* starts, const float* values, const float* x,
                            float* y, int64_t M, int64_t K, int tokens, int threads) {
     return multiply(run, bits, starts, values, x, y, M, K, tokens, threads);
 }
 
-int s3lab_multiply_bfloat16(int run, const uint8_t* bits, const int64_t* starts, const bf16* values, const float* x,
+int s3lab_multiply_bfloat16(int64_t run, const uint8_t* bits, const int64_t* starts, const bf16* values, const bf16* x,
                             float* y, int64_t M, int64_t K, int tokens, int threads) {
     return multiply(run, bits, starts, values, x, y, M, K, tokens, threads);
 }

@@ -1,11 +1,12 @@
 """Products of a few tokens with a packed weight that read its packed bytes only.
 
-A mask that keeps whole rows and columns leaves one smaller dense product.  Any other weight has its bits and values
-read row by row by a kernel in C++, `decode.cpp`, which the system's compiler translates for this very CPU when it is
-first needed, and which is kept in ``~/.cache/s3lab``.  It includes no header of torch, which would be most of the time
-to translate it, and runs on torch's own threads.  One kernel serves every pattern, as all come as bits by rows.
+A kernel in C++, `decode.cpp`, reads the bits and values row by row.  The system's compiler translates it for this very
+CPU when it is first needed, and it is kept in ``~/.cache/s3lab``.  It includes no header of torch, which would be most
+of the time to translate it, and runs on torch's own threads.  One kernel serves every pattern, as all come as bits by
+rows.  A mask that keeps whole rows and columns leaves one smaller dense weight, which has no bits to read.
 
-The truth beside it is ``linear(x, rows.unpack(…))``.  Where there is no kernel, a layer unpacks, and says why.
+The truth beside it is ``linear(x, rows.unpack(…))``.  Where there is no kernel, torch multiplies by the smaller
+dense weight, and for any other mask a layer unpacks, and says why.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from s3lab.files import replacing
 from s3lab.packing.rows import Rows
@@ -31,6 +32,7 @@ TOKENS = 8  # as many the kernel takes
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _VECTOR = 32  # a row is read in steps of so many weights
+_PADDED = 64  # tokens end so, of whole rows, which are of any length
 
 
 class Kernel:
@@ -46,14 +48,25 @@ class Kernel:
         self.level = self._library.s3lab_level().decode()
 
     def multiply(self, rows: Rows, x: Tensor) -> Tensor:
-        """Return x Wᵀ (T, M) in float32 of up to `TOKENS` tokens (T, K), for rows that `reason` has nothing against."""
-        (M, K), values, x = rows.shape, rows.values.decode(), x.float().contiguous()
-        run, bits = (1, rows.bits) if rows.runs is None else (16, rows.runs)
-        y = torch.empty(len(x), M)
+        """Return x Wᵀ (T, M) in float32 of up to `TOKENS` tokens (T, K), for rows that `reason` has nothing against.
+
+        Tokens are of the weight's dtype, or rounded to it.
+        """
+        values, x = rows.values.decode(), x.to(rows.values.dtype)
+        if rows.lines is None:
+            run, bits = (1, rows.bits) if rows.runs is None else (16, rows.runs)
+            return self._multiply(run, bits, rows.starts, values, x, *rows.shape)
+        own, columns = rows.lines
+        x = pad(x[:, columns], (0, -len(columns) % _PADDED))
+        y = self._multiply(len(columns), rows.bits, rows.starts, values, x, len(own), len(columns))
+        return _place(y, own, rows.shape[0])
+
+    def _multiply(self, run: int, bits: Tensor, starts: Tensor, values: Tensor, x: Tensor, M: int, K: int) -> Tensor:
+        y, x = torch.empty(len(x), M), x.contiguous()
         call = getattr(self._library, f"s3lab_multiply_{_TYPES[values.dtype]}")
-        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (bits, rows.starts, values, x, y))
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (bits, starts, values, x, y))
         sizes = ctypes.c_int64(M), ctypes.c_int64(K), len(x), torch.get_num_threads()
-        if call(run, *pointers, *sizes):
+        if call(ctypes.c_int64(run), *pointers, *sizes):
             raise AssertionError(f"{len(x)} tokens are more than {TOKENS}")
         return y
 
@@ -79,7 +92,7 @@ def reason(rows: Rows) -> str:
         return f"no kernel for {rows.bits.device.type}"
     if rows.values.kind != "same" or rows.values.dtype not in _TYPES:
         return "no kernel for " + (rows.values.kind if rows.values.kind != "same" else str(rows.values.dtype))
-    if rows.shape[1] % _VECTOR:
+    if rows.lines is None and rows.shape[1] % _VECTOR:
         return f"K = {rows.shape[1]} is no multiple of {_VECTOR}"
     found = find_kernel()
     return found if isinstance(found, str) else ""
@@ -87,28 +100,36 @@ def reason(rows: Rows) -> str:
 
 def multiply(rows: Rows, x: Tensor) -> Tensor | None:
     """Return x Wᵀ (T, M) of a few tokens (T, K), in float32 or their dtype; None where the weight must be unpacked."""
-    if rows.lines is not None:
-        own, columns = rows.lines
-        y = linear(x[:, columns], rows.values.decode().view(len(own), len(columns)))
-        return y if len(own) == rows.shape[0] else y.new_zeros(len(x), rows.shape[0]).index_copy_(1, own, y)
-    if reason(rows):
+    if not reason(rows):
+        kernel = find_kernel()
+        assert isinstance(kernel, Kernel)
+        return kernel.multiply(rows, x)
+    if rows.lines is None:
         return None
-    kernel = find_kernel()
-    assert isinstance(kernel, Kernel)
-    return kernel.multiply(rows, x)
+    own, columns = rows.lines
+    y = linear(x[:, columns], rows.values.decode().view(len(own), len(columns)))
+    return _place(y, own, rows.shape[0])
 
 
 def tell(rows: Rows) -> str:
     """Return how products with a weight are computed, for few tokens and for more."""
+    what = "single weights" if rows.runs is None else "runs of 16"
     if rows.lines is not None:
-        few = f"a dense product of {len(rows.lines[0])} rows and {len(rows.lines[1])} columns"
-    elif why := reason(rows):
-        return f"unpacked for each product ({why})"
-    else:
+        what = f"{len(rows.lines[0])} whole rows of {len(rows.lines[1])} columns"
+    if not (why := reason(rows)):
         kernel = find_kernel()
         assert isinstance(kernel, Kernel)
-        few = f"a kernel with {kernel.level} on {'single weights' if rows.runs is None else 'runs of 16'}"
+        few = f"a kernel with {kernel.level} on {what}"
+    elif rows.lines is not None:
+        few = f"torch on {what} ({why})"
+    else:
+        return f"unpacked for each product ({why})"
     return f"up to {TOKENS} tokens by {few}, more unpacked"
+
+
+def _place(y: Tensor, own: Tensor, M: int) -> Tensor:
+    """Outputs (T, M) with those of some rows in their places, zero elsewhere."""
+    return y if len(own) == M else y.new_zeros(len(y), M).index_copy_(1, own, y)
 
 
 def _build(flags: tuple[str, ...]) -> ctypes.CDLL:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from s3lab.algebra.patterns import parse
-from s3lab.packing.codec import read_places
-from s3lab.packing.decode import TOKENS, multiply, tell
+from s3lab.packing import decode, gpu
+from s3lab.packing.codec import Packed
 from s3lab.packing.file import Entry
 from s3lab.packing.rows import Rows
 from s3lab.packing.values import Values
@@ -61,6 +61,7 @@ class PackedLinear(nn.Module):
         self.bias = bias
         self._leader = [leader] if leader else []  # in a list: it is no part of this layer
         self._rows: Rows | None = None
+        self._form: gpu.Form | None = None
         for name in BUFFERS:
             self.register_buffer(name, buffers.get(name))
 
@@ -88,8 +89,9 @@ class PackedLinear(nn.Module):
             index = (self._leader[0] if self._leader else self).index
             assert index is not None
             shapes = {key: (shape[0], shape[1]) for key, shape in self.told["shapes"].items()}
-            places = read_places(parse(self.told["spec"]), shapes, index.cpu())
-            self._rows = Rows.of(places[self.key], self.stored)
+            packed = Packed(parse(self.told["spec"]), shapes, {self.key: self.stored}, index.cpu())
+            self._rows = Rows.of(packed.places[self.key], self.stored)
+            self._form = gpu.find_form(packed) if gpu.is_gpu(self.values.device) else None
         return self._rows
 
     @property
@@ -133,22 +135,27 @@ class PackedLinear(nn.Module):
         """How a product is computed."""
         if self.values.is_meta:
             return "without its bytes"
-        return "unpacked for each product" if self.conv1d or self.transposed else tell(self.rows)
+        if self.conv1d or self.transposed:
+            return "unpacked for each product"
+        rows = self.rows
+        return gpu.tell(rows, self._form) if gpu.is_gpu(self.values.device) else decode.tell(rows)
 
     def _decode(self, x: Tensor) -> Tensor | None:
-        """y for up to `decode.TOKENS` tokens that follow no other in x, where that is faster than to unpack."""
+        """y for a few tokens that follow no other in x, where that is faster than to unpack."""
         tokens = x.shape[:-1].numel()
         alone = x.ndim < 3 or x.shape[-2] == 1
-        if not (0 < tokens <= TOKENS and alone) or self.conv1d or self.transposed or x.dtype != self.stored.dtype:
+        few = gpu.BATCH if gpu.is_gpu(x.device) else decode.TOKENS
+        if not (0 < tokens <= few and alone) or self.conv1d or self.transposed or x.dtype != self.stored.dtype:
             return None
         if torch.is_grad_enabled() and x.requires_grad:
             return None
-        y = multiply(self.rows, x.reshape(tokens, -1))
+        rows, flat = self.rows, x.reshape(tokens, -1)
+        y = gpu.multiply(rows, self._form, flat) if gpu.is_gpu(x.device) else decode.multiply(rows, flat)
         if y is None:
             return None
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, *args: Any, **options: Any) -> PackedLinear:
-        self._rows = None  # it is on the old device, in the old dtype
+        self._rows = self._form = None  # they are on the old device, in the old dtype
         return super()._apply(*args, **options)

@@ -49,14 +49,14 @@ class Rows:
 
     @cached_property
     def runs(self) -> Tensor | None:
-        """A bit for each 16 columns (M, ⌈K/128⌉), if those are all kept or all pruned, else None."""
+        """A bit for each 16 columns in words of 64 (M, 8·⌈K/1024⌉), if those are all kept or all pruned, else None."""
         if self.shape[1] % 16:
             return None
         words = self.bits.view(torch.int16)
         if not bool(((words == 0) | (words == -1)).all()):
             return None
         kept = (words != 0).cpu()
-        padded = torch.nn.functional.pad(kept, (0, -kept.shape[1] % 8))
+        padded = torch.nn.functional.pad(kept, (0, -kept.shape[1] % 64))
         return pack_bits(padded.flatten()).view(len(kept), -1).to(self.bits.device)
 
     @cached_property

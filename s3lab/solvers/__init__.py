@@ -12,7 +12,7 @@ from torch import Tensor
 from s3lab.algebra.couple import Coupled
 from s3lab.algebra.patterns import parse
 from s3lab.algebra.spec import Pattern
-from s3lab.errors import SolveError
+from s3lab.errors import SolveError, SpecError
 from s3lab.shapes import Float
 from s3lab.solvers.admm import ADMM
 from s3lab.solvers.base import ALONE, Problems, ScoreSolver, Solution, Solver, conclude
@@ -27,6 +27,9 @@ from s3lab.solvers.sobs import SOBS
 from s3lab.solvers.sparsegpt import SparseGPT
 from s3lab.solvers.variance import MatchVariance as MatchVariance
 from s3lab.solvers.wanda import Wanda
+from s3lab.solvers.wrap import Wrap as Wrap
+from s3lab.solvers.wrap import Wrapped
+from s3lab.tensors.hessian import output_error
 from s3lab.tensors.meter import Meter
 from s3lab.tensors.problem import Problem, measure
 from s3lab.tensors.processes import ProcessGroup, find_processes
@@ -157,6 +160,48 @@ def prune(
     if processes.size > 1:
         found = {name: _agree(solution, processes) for name, solution in found.items()}
     return found if isinstance(W, Mapping) else found[ALONE]
+
+
+def wrap(
+    W: Float[Tensor, "M K"],
+    spec: Pattern | str,
+    H: Float[Tensor, "K K"],
+    solver: str | Solver = "admm",
+    *,
+    H_test: Float[Tensor, "K K"] | None = None,
+    damp: float = 1e-2,
+    options: Wrap | None = None,
+    block: int | None = None,
+) -> Wrapped:
+    """Return W ≈ A S B with block-diagonal A and B and a core S whose mask satisfies a spec, as `Wrap` finds it.
+
+    From what ``solver`` finds, and never above its damped loss; H, H_test and ``damp`` are as in `prune`.  ``options``
+    are those of the descent, ``block`` their size of a block alone.  A, S and B come in the dtype of W, and the errors
+    are those of their product so rounded.
+
+    Raises ShapeError where blocks do not divide W, SpecError for a spec that does not fit or couples tensors, and
+    SolveError as `prune` does.
+
+    >>> X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    >>> found = wrap(torch.eye(8), "1:4", X.T @ X / 64, block=2)
+    >>> found.left.shape, found.mask.sum().item()
+    (torch.Size([4, 2, 2]), 16)
+    """
+    spec = spec if isinstance(spec, Pattern) else parse(spec)
+    if isinstance(spec, Coupled):
+        raise SpecError(f"{spec} couples tensors: one weight is wrapped at a time")
+    options = options or Wrap()
+    options = options if block is None else replace(options, block=block)
+    method, problem = make_solver(solver), measure({ALONE: Problem(W, H, H_test, damp)})[ALONE]
+    bound = spec.bind(problem.shape)
+    with torch.no_grad(), Meter(W.device) as meter:
+        mask, core, _ = method.solve(problem, bound)
+        *_, (loss, parts) = options.descend(problem, core * mask, mask, lambda new: method.solve(new, bound)[0])
+    left, right, core = parts.left.to(W.dtype), parts.right.to(W.dtype), problem.restore(parts.core, parts.mask)
+    stats = {"damp": problem.damping, "time_s": meter.time_s, "mem_mib": meter.mem_mib, "loss": loss}
+    found = Wrapped(left, core, right, parts.mask, stats=stats)
+    tested = None if H_test is None else output_error(found.dense, W, H_test)
+    return replace(found, error=output_error(found.dense, W, H), error_test=tested)
 
 
 def _read_layers(W: Any, H: Any, H_test: Any) -> Callable[[float], dict[str, Problem]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from s3lab.algebra.couple import Coupled
@@ -16,6 +16,7 @@ from s3lab.errors import SolveError, SpecError
 from s3lab.training.base import Method, SparseWeight, Unit
 from s3lab.training.fixed import Fixed
 from s3lab.training.gradual import Gradual
+from s3lab.training.lora import LoRA
 from s3lab.training.proximal import Proximal
 from s3lab.training.rigl import RigL
 from s3lab.training.s2ft import S2FT
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "rigl": RigL,
     "proximal": Proximal,
     "spp": SPP,
+    "lora": LoRA,
     "s2ft": S2FT,
 }
 DENSE = "dense"
@@ -57,21 +59,23 @@ def sparse(
     method: str | Method = "srste",
     layers: str | Sequence[str] = "*",
     *,
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> Sparsity:
     """Let the linear layers of a module be trained under a pattern, and return what takes the steps.
 
     From now on the forward pass of each layer sees a weight that satisfies the pattern; what is trained is its
-    ``parametrizations.weight.original``, the same Parameter as before, or, with `SPP` and `S2FT`, new parameters beside
-    it: for those, make the optimiser afterwards.  `densify` takes it back.
+    ``parametrizations.weight.original``, the same Parameter as before, or, with `SPP`, `LoRA` and `S2FT`, new ones
+    beside it: for those, make the optimiser afterwards.  `densify` takes it back.
 
     ``layers`` are globs over the dotted names of linear layers.  ``spec`` is a pattern for all of them, or a table of
     globs, of which the first that matches decides, and "dense" leaves a layer alone.  A coupling takes the layers that
-    it names, of those that its glob decides, and leaves the others dense.  ``seed`` is of what a method draws.
+    it names, of those that its glob decides, and leaves the others dense.  ``masks``, bool (M, K) by the dotted name of
+    the layer, are what a method begins with, in place of its own choice; ``seed`` is of what it draws.
 
-    Raises SpecError, and changes nothing, for a spec that does not fit, a layer that is sparse already, shares its
-    weight with something else, or is frozen where the method needs its gradient, each by name; SolveError for an
-    unknown method.
+    Raises SpecError, and changes nothing, for a spec that does not fit, a mask that is missing or breaks its pattern, a
+    layer that is sparse already, shares its weight with something else, or is frozen where the method needs its
+    gradient, each by name; SolveError for an unknown method.
 
     >>> import s3lab as s3
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -86,8 +90,8 @@ def sparse(
     units = _make_units(module, spec, [layers] if isinstance(layers, str) else list(layers))
     for name, layer in ((name, layer) for unit in units for name, layer in unit.layers.items()):
         _expect_fit(module, name, layer, chosen)
-    masks = [chosen.begin(unit, generator) for unit in units]
-    for unit, own in zip(units, masks, strict=True):
+    begun = [chosen.begin(unit, generator) if masks is None else _take(unit, masks) for unit in units]
+    for unit, own in zip(units, begun, strict=True):
         for name, layer in unit.layers.items():
             unit.sparse[name] = weight = SparseWeight(chosen, own[name], layer.weight.requires_grad)
             chosen.equip(weight, layer.weight, generator)
@@ -140,6 +144,15 @@ def _make_units(module: nn.Module, spec: One | Mapping[str, One], globs: list[st
     if not units:
         raise SpecError("all layers are to stay dense: give a spec for some of them")
     return units
+
+
+def _take(unit: Unit, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of the layers of a unit, as they were given."""
+    if missing := [name for name in unit.layers if name not in masks]:
+        raise SpecError(f"no mask is given for {', '.join(missing)}: give one for each layer, or none at all")
+    own = {name: masks[name].to(W.device, torch.bool, copy=True) for name, W in unit.weights.items()}
+    unit.check(own)
+    return own
 
 
 def _expect_fit(module: nn.Module, name: str, layer: nn.Linear, method: Method) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from s3lab.algebra.compose import Bound
 from s3lab.algebra.coupled import CoupledPartition
 from s3lab.algebra.partition import Partition
 from s3lab.algebra.spec import Block, Pattern, Scope, Spec, View
-from s3lab.errors import SpecError
+from s3lab.errors import SolveError, SpecError
 from s3lab.solvers.kernels import project
 
 Tensors = dict[str, Tensor]
@@ -62,6 +63,23 @@ class Method(ABC):
     def bound(self, unit: Unit) -> Bound:
         """Return the pattern that the masks satisfy now, on `Unit.grid`."""
         return unit.grid
+
+
+@dataclass(frozen=True)
+class LowRank(Method):
+    """A method that freezes the weight, and trains numbers of a low ``rank`` that it takes in by ``scale``.
+
+    Raises SolveError for a rank or a scale that cannot be.
+    """
+
+    rank: int = 16
+    scale: float = 1.0
+    needs_gradient: ClassVar[bool] = False
+    freezes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 < self.scale < inf:
+            raise SolveError(f"{self}: rank is at least 1, scale above 0 and finite")
 
 
 class SparseWeight(nn.Module):

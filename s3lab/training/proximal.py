@@ -68,12 +68,13 @@ class Proximal(STE):
         whole, weights = unit.whole, unit.weights
         assert isinstance(whole, Partition | CoupledPartition)
         groups = [find_group(optimizer, name, W) for name, W in weights.items()]
-        level = torch.tensor(float(groups[0]["lr"]) * self.strength)
+        level, kept = torch.tensor(float(groups[0]["lr"]) * self.strength), None
         if self.trimmed:
             coupled = isinstance(whole, CoupledPartition)
             squares = unit.squares()
             cost = whole.cost(squares) if coupled else whole.blocks(unit.gather(squares)).sum(-1)
-            level = level.to(cost) * ~whole.choose(cost)
+            kept = whole.choose(cost)
+            level = level.to(cost) * ~kept
         metric: Any = None
         if self.adaptive:
             pairs = zip(weights.items(), groups, strict=True)
@@ -82,7 +83,11 @@ class Proximal(STE):
         if isinstance(whole, Partition):
             given, metric = (None if part is None else next(iter(part.values())) for part in (given, metric))
         soft_threshold_(given, whole, level, metric)
-        super().step(unit, optimizer)
+        if kept is None:
+            super().step(unit, optimizer)
+        else:  # what is spared is as it was and the rest no larger: the same blocks are the largest
+            masks: Any = whole.scatter(kept)
+            unit.put(masks if isinstance(whole, CoupledPartition) else unit.spread(masks))
 
 
 def find_group(optimizer: torch.optim.Optimizer, name: str, W: Tensor) -> dict[str, Any]:

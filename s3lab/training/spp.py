@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s3lab.errors import SolveError
-from s3lab.training.base import Method, SparseWeight, cut_off
+from s3lab.training.base import LowRank, SparseWeight, cut_off
 
 
 @dataclass(frozen=True)
-class SPP(Method):
+class SPP(LowRank):
     """Freeze a sparse weight, and train a low-rank matrix that it is multiplied with.
 
         Ŵ = mask ⊙ W ⊙ (1 + scale · P),    P_ij = beta_i · alpha_(i mod rank),j
@@ -30,15 +29,6 @@ class SPP(Method):
     >>> [name for name, p in layer.named_parameters() if p.requires_grad]
     ['bias', 'parametrizations.weight.0.alpha', 'parametrizations.weight.0.beta']
     """
-
-    rank: int = 16
-    scale: float = 1.0
-    needs_gradient: ClassVar[bool] = False
-    freezes: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 < self.scale < float("inf"):
-            raise SolveError(f"{self}: rank is at least 1, scale above 0 and finite")
 
     def equip(self, own: SparseWeight, W: Tensor, generator: torch.Generator) -> None:
         own.alpha = nn.Parameter(torch.randn(self.rank, W.shape[1], generator=generator).to(W))

@@ -86,6 +86,14 @@ def test_salient_parts_that_are_fixed_stay_whatever_the_rest_is_worth():
         assert mask[s3.parse(text).bind((4, 64)).project(worth)].all()
 
 
+def test_the_index_is_told_round_by_round():
+    bound = s3.parse("4:8@16x1 then 2:4 plus 1:32").bind((32, 64))
+    first, second, salient = (s3.parse(text).bind((32, 64)) for text in ("4:8@16x1", "2:4", "1:32"))
+    rounds = dict(bound.storage_rounds)
+    assert rounds == {"1:32": salient.storage_bits, "4:8@16x1": first.storage_bits, "2:4": second.storage_bits / 2}
+    assert bound.storage_bits == pytest.approx(sum(rounds.values()))
+
+
 def test_figures_are_those_of_the_papers():
     assert s3.parse("8:16 plus 16:256").bind((4, 256)).storage_bits == pytest.approx(0.875 + 0.328, abs=1e-3)
     vnm = s3.parse("4:8@64x1 then 2:4").bind((64, 8))

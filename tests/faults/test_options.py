@@ -16,6 +16,7 @@ BAD = {
     arguments.count: [*ODD, "0", "-3", "1.5", "nan"],
     arguments.seed: [*ODD, "-1", "1.5", "9" * 19],
     arguments.share: ["", "x", "1", "-0.1", "nan", "inf", "9" * 5000],
+    arguments.rate: ["", "x", "0", "-1", "nan", "inf", "1e-999"],
     arguments.damping: ["", "x", "-1", "nan", "inf", "-inf", "Auto"],
     arguments.device: ["", "foo", "meta", "cuda:", "cuda:x", "cuda:99", "cpu:1", "cpu:٣", "cuda:-1"]
     + ["cuda"] * (not torch.cuda.is_available()),
@@ -33,6 +34,8 @@ BAD = {
         "no-name keep 1",
     ],
     "--solver": ["", "obs", "*=obs"],
+    arguments.budget: [*ODD[:-1], "0", "0%", "-5%", "150%", "nan", "inf", "1/0", "9" * 5000 + "%", "%"],
+    "--family": ["", "2:4", "{n}:{n}", "{n};16", "{n in 4..}:16", "*=", "*={q}%", "{" * 3000, "no-name keep {p}%"],
     "--set": ["", "seed", "=1", "seed=", "no-name=1"],
     "--grid": ["", "seed", "=1", "seed=1,1"],
     "--shape": [
@@ -53,6 +56,7 @@ BAD = {
 FREE = {"--tasks", "names", "spec"}  # told apart by lm_eval, the plan and the parser, whose tests are elsewhere
 NEEDS = {
     "prune": ["reference", "--spec", "2:4", "--out", "OUT"],
+    "tune": ["DIR", "--out", "OUT"],
     "eval": ["reference"],
     "reproduce": ["--out", "OUT"],
     "show": ["2:4"],
@@ -62,6 +66,8 @@ NEEDS = {
     "unpack": ["DIR", "--out", "OUT"],
     "inspect": ["DIR"],
 }
+BUDGET = ["reference", "--budget", "50%", "--out", "OUT"]
+OTHERS = {"--budget": ["reference", "--out", "OUT"], "--family": BUDGET, "--allocate": BUDGET, "--cost": BUDGET}
 
 
 def find_options():
@@ -103,7 +109,7 @@ def test_every_value_that_cannot_be_is_refused_before_anything_is_loaded_or_made
     tried = list(find_options())
     assert len(tried) > 200
     for command, name, value in tried:
-        needs = NEEDS[command]
+        needs = OTHERS.get(name, NEEDS[command])
         if not name.startswith("-"):
             given = [command, value, *needs[1:]]
         else:

@@ -45,11 +45,95 @@ def test_prune_saves_a_model_that_loads_and_goes_on_where_it_was(tiny, tmp_path,
     assert "kept 46.4% of 8 matrices" in capsys.readouterr().out
 
 
+def test_prune_meets_a_budget_and_records_what_was_chosen_and_why(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    budget = ["--budget", "50%", "--cost", "weights", "--family", "*.mlp.*={n in 4..12}:16", "--family", "*=dense"]
+    command = ["prune", str(tiny), *budget, "--solver", "wanda", *SMALL, "--out", str(out)]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert "50.00% of weights by error: " in told and "kept 50.0% of 6 matrices" in told
+    first = (out / "model.safetensors").read_bytes()
+    record = json.loads((out / "s3lab.json").read_text())
+    chosen = {row["name"]: row for row in record["budget"]["rows"]}
+    assert len(chosen) == 6 and record["budget"]["family"] == {"*.mlp.*": "{n in 4..12}:16", "*": "dense"}
+    for row in record["matrices"]:
+        own = chosen[f"model.layers.{row['layer']}.{row['name']}"]
+        assert row["spec"] == own["spec"] and own["error"] == own["curve"][own["spec"]]
+        assert row["density"] == pytest.approx(own["share"])
+    assert "| Budget | 50.00% of weights by error" in (out / "README.md").read_text()
+    kept = {path: path.stat().st_mtime_ns for path in (out / "budget" / "curves").rglob("*.json")}
+    assert cli.main(command) == 0 and (out / "model.safetensors").read_bytes() == first
+    assert kept == {path: path.stat().st_mtime_ns for path in (out / "budget" / "curves").rglob("*.json")}
+
+
+def test_a_budget_and_the_run_share_moments_of_the_dense_model(tiny, tmp_path, monkeypatch):
+    out, options = tmp_path / "out", ["--family", "{n in 7..9}:16", "--cost", "weights", "--hessians", "dense"]
+    command = ["prune", str(tiny), "--budget", "1/2", *options, "--solver", "wanda", *SMALL, "--out", str(out)]
+    monkeypatch.setattr("s3lab.models.prune.sequential.Flow", None)  # the run itself passes no text
+    assert cli.main(command) == 0
+    assert json.loads((out / "s3lab.json").read_text())["settings"]["moments"]
+
+
 def test_prune_picks_the_damping_of_each_matrix_where_that_is_asked(tiny, tmp_path):
     command = ["prune", str(tiny), "--spec", "2:4", "--damp", "auto", "--refine", *SMALL]
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
     matrices = json.loads((tmp_path / "out" / "s3lab.json").read_text())["matrices"]
     assert all("ADMM" in row["solver"] and "Refine" in row["solver"] and row["damp"] in LADDER for row in matrices)
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny, tmp_path_factory):
+    """The folder of the random model, pruned."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    assert cli.main(["prune", str(tiny), "--spec", "2:4", "--solver", "magnitude", *SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def test_tune_keeps_zeros_and_record_and_goes_on_where_it_was(tiny, pruned, tmp_path, capsys):
+    out = tmp_path / "tuned"
+    short = ["--steps", "6", "--every", "3", "--tokens", "256", "--length", "32", "--sequences", "24", "--windows", "4"]
+    command = ["tune", str(pruned), *short, "--teacher", str(tiny), "--lr", "1e-3", "--out", str(out)]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert "step 6: held out perplexity" in told
+    before, after = (load_model(folder)[0].state_dict() for folder in (pruned, out))
+    for name, W in before.items():
+        assert torch.equal(W != 0, after[name] != 0) and W.dtype == after[name].dtype
+        assert ("_proj" in name) != torch.equal(W, after[name]), name
+    record = json.loads((out / "s3lab.json").read_text())
+    assert record["matrices"] == json.loads((pruned / "s3lab.json").read_text())["matrices"]
+    (tuned,) = record["tuned"]
+    assert [row["step"] for row in tuned["rows"]] == [0, 3, 6] and tuned["settings"]["loss"] == ["logits"]
+    assert "## Tuned" in (out / "README.md").read_text()
+    weights = (out / "model.safetensors").read_bytes()
+    assert cli.main(command) == 0 and capsys.readouterr().out == told
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert cli.main(["tune", str(out), *short, "--out", str(tmp_path / "again")]) == 0
+    assert len(json.loads((tmp_path / "again" / "s3lab.json").read_text())["tuned"]) == 2
+    assert cli.main(["pack", str(out), "--out", str(tmp_path / "packed")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["TINY", "--out", "OUT"], "s3lab.json cannot be read"),
+        (["PRUNED", "--out", "PRUNED"], "is the pruned model itself"),
+        (["PRUNED", "--text", "no.txt", "--out", "OUT"], "no text in 'no.txt'"),
+        (["PRUNED", "--watch", "no.txt", "--out", "OUT"], "no text in 'no.txt'"),
+        (["PRUNED", "--teacher", "no/model", "--out", "OUT"], "no model can be loaded"),
+        (["PRUNED", "--teacher", "tiny", "--loss", "hidden", "--out", "OUT"], "the teacher has hidden_size=144"),
+        (["PRUNED", "--teacher", "TINY", "--loss", "text", "--out", "OUT"], "the loss is of the text alone"),
+        (["PRUNED", "--loss", "logits", "--out", "OUT"], "give the dense model"),
+        (["PRUNED", "--sequences", "9999999", "--out", "OUT"], "ask for fewer"),
+    ],
+)
+def test_what_cannot_be_tuned_is_said_in_a_sentence_and_nothing_is_made(
+    tiny, pruned, tmp_path, capsys, arguments, message
+):
+    names = {"TINY": str(tiny), "PRUNED": str(pruned), "OUT": str(tmp_path / "out")}
+    assert cli.main(["tune", *(names.get(argument, argument) for argument in arguments)]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and "Traceback" not in told.err and not told.out and not (tmp_path / "out").exists()
 
 
 def test_eval_prints_perplexities(tiny, tmp_path, capsys):
@@ -72,6 +156,12 @@ def test_eval_prints_perplexities(tiny, tmp_path, capsys):
         (["prune", "TINY", "--spec", "2:4", "--damp", "-1", *SMALL, "--out", "OUT"], "--damp: '-1' is out of range"),
         (["prune", "TINY", "--spec", "2:4", "--calibration", "no.txt", "--out", "OUT"], "no text in 'no.txt'"),
         (["prune", "TINY", "--spec", "*.mlp=2:4", *SMALL, "--out", "OUT"], "*.mlp"),
+        (["prune", "TINY", *SMALL, "--out", "OUT"], "one of the arguments --spec --budget is required"),
+        (["prune", "TINY", "--spec", "2:4", "--budget", "50%", *SMALL, "--out", "OUT"], "not allowed with"),
+        (["prune", "TINY", "--spec", "2:4", "--allocate", "owl", *SMALL, "--out", "OUT"], "--allocate is for a budget"),
+        (["prune", "TINY", "--spec", "2:4", "--cost", "bytes", *SMALL, "--out", "OUT"], "--cost is for a budget"),
+        (["prune", "TINY", "--budget", "1%", *SMALL, "--out", "OUT"], "the least of"),
+        (["prune", "TINY", "--budget", "50%", "--distributed", *SMALL, "--out", "OUT"], "without --distributed"),
         (["eval", "TINY", "--text", "no.txt"], "no text in 'no.txt'"),
         (["eval", "TINY", "--length", "32", "--stride", "64"], "stride=64"),
     ],
@@ -127,7 +217,7 @@ def test_show_refuses_in_a_sentence(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["show", "check", "reproduce", "fetch", "prune", "eval", "pack", "unpack", "inspect"]
+    "command", ["show", "check", "reproduce", "fetch", "prune", "tune", "eval", "pack", "unpack", "inspect"]
 )
 def test_every_command_tells_how_it_is_used(command, capsys):
     with pytest.raises(SystemExit) as stop:

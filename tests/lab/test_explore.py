@@ -2,7 +2,6 @@
 
 import gc
 import json
-import re
 import time
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import torch
 from s3lab import PATTERNS, DataError, parse
 from s3lab.lab.draw.portrait import measure_rows
 from s3lab.lab.explore import explore_patterns, explore_pruning, explore_runs
+from s3lab.lab.explore.bits import STORED, split_bits
 from s3lab.models.measure.layers import generate_layer
-from s3lab.packing.codec import ALONE, pack
+from s3lab.packing.codec import pack
 
 
 def test_a_wrong_text_is_told_with_its_caret_and_leaves_the_drawing():
@@ -44,6 +44,27 @@ def test_the_slider_and_the_text_say_the_same(text):
     assert keep == 1 or 100 * keep == 1
 
 
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("text", ["2:4", "50%", "4:8@16x1 then 2:4", "8:16 plus 1:32", "2:4 each way"])
+def test_the_bits_that_are_told_are_those_that_the_codec_takes(text, stored):
+    """Of a large weight, so that whole bytes and the last group of a scale do not count."""
+    shape, kind = (256, 512), stored if stored in ("int8", "int4") else "same"
+    bound = parse(text).bind(shape)
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0)).abs() + 1
+    W = W.where(bound.project(W), 0).to(torch.float32 if stored == "float32" else torch.bfloat16)
+    told = sum(bits for _, bits in split_bits(bound, stored))
+    assert told == pytest.approx(pack(W, text, values=kind, group=128).bits_per_weight, rel=0.01)
+
+
+def test_bits_follow_the_text_and_the_values():
+    explorer = explore_patterns("2:4")
+    assert "8.75 bits a weight, dense 16" in explorer.bits.value and "index of 2:4: 0.75" in explorer.bits.value
+    explorer.stored.value = "int4"
+    assert "2.812 bits a weight, dense 16" in explorer.bits.value
+    coupled = explore_patterns("down: (M,1) & up: (1,K) follows keep 75%")
+    assert coupled.bits.value.count("index of") == 2  # one index for both: a part of the bar, and its line
+
+
 @pytest.mark.parametrize("view", ["matrix", "view", "storage"])
 @pytest.mark.parametrize("text", ["coupled-2:4", "block16", "4:8@16x1 then 2:4", "50%"])
 def test_every_order_has_each_cell_once_with_its_own_block_and_scope(text, view):
@@ -65,20 +86,6 @@ def test_weights_that_are_coupled_are_shown_one_at_a_time():
     drawn = explorer.grid.svg
     explorer.weight.value = "up"
     assert explorer.grid.svg != drawn
-
-
-@pytest.mark.parametrize(
-    ("text", "rounds"), [("2:4", 1), ("8:16 plus 1:32", 2), ("4:8@16x1 then 2:4", 2), ("2:4 plus 1:8 plus 1:32", 3)]
-)
-def test_it_tells_how_many_bits_a_weight_takes_and_where_they_go(text, rounds):
-    told = explore_patterns(text, (16, 64))._repr_mimebundle_()["text/plain"]
-    bits = [float(n) for n in re.findall(r"^  ([\d.]+) for ", told, re.MULTILINE)]
-    W = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    packed = pack(W.where(parse(text).bind((16, 64)).project(W.float().abs()), 0), text)
-    total = float(re.search(r"([\d.]+) bits a weight:", told)[1])
-    assert len(bits) == 1 + rounds and all(n > 0 for n in bits)
-    assert bits[0] == 16 * len(packed.values[ALONE].decode()) / (16 * 64)
-    assert total == pytest.approx(sum(bits), rel=1e-3) == pytest.approx(packed.bits_per_weight, rel=1e-3)
 
 
 def test_too_large_a_weight_is_told():

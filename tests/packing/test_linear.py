@@ -5,14 +5,16 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 import s3lab as s3
 from s3lab.packing import decode
+from s3lab.packing.bits import pack_bits
 from s3lab.packing.codec import ALONE, pack
 from s3lab.packing.file import Entry
 from s3lab.packing.linear import PackedLinear
 from s3lab.packing.rows import Rows
+from s3lab.packing.values import Values
 
 M, K = 48, 256
 TEXTS = [
@@ -25,6 +27,7 @@ TEXTS = [
     "2:4 plus 1:32",
     "50% columns",
     "50% rows",
+    "23% columns",
     "1:256",
 ]
 
@@ -79,6 +82,21 @@ def test_the_kernel_takes_all_shapes_that_it_says(kernel, shape):
     W = prune("25%", torch.bfloat16, shape)
     x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.allclose(kernel.multiply(lay(W, "25%"), x).double(), x.double() @ W.double().T, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kept", [1, 7, 16, 31, 32, 33, 63, 64, 65, 99])
+def test_whole_rows_of_any_length_are_read_and_no_more(kernel, kept, dtype):
+    """A row that follows is infinite: it must not reach the sums of the one before."""
+    W = torch.zeros(3, 100, dtype=dtype)
+    W[:, :kept] = torch.randn(3, kept, generator=torch.Generator().manual_seed(kept)).to(dtype)
+    W[1, :kept] = torch.inf
+    mask = (torch.arange(100) < kept).expand(3, 100)
+    bits = pack_bits(pad(mask, (0, 4)).flatten()).view(3, 13)
+    rows = Rows((3, 100), bits, torch.arange(4) * kept, Values("same", dtype, 3 * kept, W[mask]))
+    x = torch.rand(2, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = x[:, :kept].double() @ W[:, :kept].double().T
+    assert torch.allclose(kernel.multiply(rows, x).double(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +161,17 @@ def test_what_runs_is_told(monkeypatch):
     if not isinstance(found, str):
         assert f"up to 8 tokens by a kernel with {found.level} on single weights, more unpacked" in repr(make(W, "2:4"))
         assert "on runs of 16" in repr(make(prune("block16", torch.bfloat16), "block16"))
-    assert "a dense product of 48 rows and 128 columns" in repr(make(prune("50% columns", W.dtype), "50% columns"))
+    columns = prune("50% columns", W.dtype)
+    assert "on 48 whole rows of 128 columns" in repr(make(columns, "50% columns"))
     assert "unpacked for each product (no kernel for int8)" in repr(make(W, "2:4", values="int8"))
     monkeypatch.setattr(decode, "find_kernel", lambda: "no C++ compiler")
     layer = make(W, "2:4")
     assert "unpacked for each product (no C++ compiler)" in repr(layer)
     x = torch.randn(1, K).bfloat16()
     assert torch.equal(layer(x), linear(x, W))
+    layer = make(columns, "50% columns")
+    assert "by torch on 48 whole rows of 128 columns (no C++ compiler)" in repr(layer)
+    assert torch.allclose(layer(x), linear(x, columns), atol=2e-2, rtol=1e-2)
 
 
 def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):

@@ -145,6 +145,17 @@ def test_refit_is_least_squares(text, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_each_row_of_a_refit_stops_by_its_own_size(seed):
+    """Rows a power of two apart take the same steps as rows of one size: none waits for another's tolerance."""
+    W, H = small(4, 16, seed)
+    mask = s3.parse("1:4").bind((4, 16)).project(W.abs())
+    apart = 2.0 ** torch.tensor([[40.0], [0.0], [-40.0], [20.0]], dtype=W.dtype)
+    alike, scaled = (s3.Refit()(s3.Problem(own, H), mask) for own in (W, W * apart))
+    assert scaled.steps == alike.steps and scaled.residual <= 1e-12
+    assert torch.equal(scaled.weight, alike.weight * apart)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("keep", [2, 4, 7])
 def test_sparsegpt_on_one_scope_is_the_plain_derivation(keep, seed):
     W, H = small(1, 8, seed)

@@ -68,7 +68,7 @@ def test_what_is_dense_cannot_be_made_dense():
 def test_a_frozen_layer_is_for_methods_that_do_not_train_its_weight(name):
     model = network()
     model["fc"].weight.requires_grad_(False)
-    if name in ("fixed", "spp", "s2ft"):
+    if name in ("fixed", "spp", "lora", "s2ft"):
         s3.sparse(model, "2:4", name)
         assert not s3.densify(model)["fc"].weight.requires_grad and model["head"].weight.requires_grad
     else:
@@ -78,8 +78,8 @@ def test_a_frozen_layer_is_for_methods_that_do_not_train_its_weight(name):
 def test_masks_that_are_missing_or_break_their_pattern_name_the_layer():
     masks = {"fc": torch.ones(12, 16, dtype=torch.bool)}
     lawful = {"fc": torch.tensor([True, True, False, False]).repeat(12, 4)}
-    refuse("no mask is given for head", "2:4", s3.Fixed(lawful))
-    refuse("fc: the mask breaks 2:4", "2:4", s3.Fixed(masks), layers="fc")
+    refuse("no mask is given for head", "2:4", "fixed", masks=lawful)
+    refuse("fc: the mask breaks 2:4", "2:4", "spp", layers="fc", masks=masks)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,8 @@ def test_masks_that_are_missing_or_break_their_pattern_name_the_layer():
         lambda: s3.Proximal(strength=-1.0),
         lambda: s3.SPP(rank=0),
         lambda: s3.SPP(scale=math.inf),
+        lambda: s3.LoRA(rank=0),
+        lambda: s3.LoRA(scale=0.0),
         lambda: s3.S2FT(choose="best"),
         lambda: s3.sparse(network(), "2:4", "srst"),
     ],

@@ -70,6 +70,25 @@ def test_lora_of_peft_is_trained_beside_fixed_zeros():
     assert _step(adapted, optimizer, ids) < first
 
 
+def test_lora_that_keeps_all_is_that_of_peft():
+    peft = pytest.importorskip("peft", reason="peft is not installed: its LoRA is not compared")
+    ours, theirs, X = nn.Linear(16, 8), nn.Linear(16, 8), torch.randn(32, 16)
+    theirs.load_state_dict(ours.state_dict())
+    s3.sparse(ours, "4:4", s3.LoRA(rank=2, scale=2.0))
+    other = peft.get_peft_model(nn.Sequential(theirs), peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))
+    lora, own = other.base_model.model[0], ours.parametrizations.weight[0]
+    lora.lora_A["default"].weight.data.copy_(own.A)
+    ours.bias.requires_grad_(False)
+    for model in (ours, other):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(X) - X[:, :8]).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours(X), other(X))
+    torch.testing.assert_close(s3.densify(ours).weight, other.merge_and_unload()[0].weight, check_device=False)
+
+
 def _step(model, optimizer, ids):
     optimizer.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
@@ -83,7 +102,7 @@ def test_what_was_pruned_is_tuned_under_the_mask_that_pruning_found():
     X = torch.randn(64, 16)
     solution = s3.prune(layer.weight.detach(), "2:4", s3.hessian(X), "sparsegpt")
     layer.weight.data.copy_(solution.weight)
-    for method in ("fixed", "spp"):
+    for method in ("fixed", "spp", "lora"):
         sparsity = s3.sparse(layer, "2:4", method)
         assert torch.equal(sparsity.masks[""], solution.mask) and torch.equal(layer.weight, solution.weight)
         s3.densify(layer)

@@ -50,7 +50,7 @@ def test_fixed_trains_what_is_kept_and_nothing_else():
 
 def test_a_given_mask_is_the_mask():
     layer = layer_of()
-    s3.sparse(layer, "2:4", s3.Fixed({"": ~KEPT}))
+    s3.sparse(layer, "2:4", "fixed", masks={"": ~KEPT})
     assert torch.equal(layer.weight, W * ~KEPT)
 
 
@@ -225,6 +225,22 @@ def test_spp_multiplies_and_its_gradients_are_those_of_the_factors():
     torch.testing.assert_close(alpha.grad[0], held[0] * beta[0] + held[3] * beta[3])
     torch.testing.assert_close(alpha.grad[1:], held[1:3] * beta[1:3])
     assert dense.grad is None and torch.linalg.matrix_rank(beta * alpha[[0, 1, 2, 0]]) <= 3
+
+
+def test_lora_adds_under_the_mask_and_its_gradients_are_those_of_the_factors():
+    layer = layer_of()
+    s3.sparse(layer, "2:4", s3.LoRA(rank=2, scale=0.5))
+    A, B, dense = own(layer).A, own(layer).B, original(layer)
+    assert torch.equal(layer.weight, dense * KEPT) and not dense.requires_grad and A.abs().max() <= 0.5
+    with torch.no_grad():
+        B.copy_(torch.tensor([[1.0, -2.0], [0.5, 3.0]]))
+        added = [[sum(float(B[i, r] * A[r, j]) for r in range(2)) for j in range(4)] for i in range(2)]
+    torch.testing.assert_close(layer.weight, KEPT * (dense + 0.5 * torch.tensor(added, dtype=torch.float64)))
+    G = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (layer.weight * G).sum().backward()
+    torch.testing.assert_close(B.grad, 0.5 * (G * KEPT) @ A.T)
+    torch.testing.assert_close(A.grad, 0.5 * B.T @ (G * KEPT))
+    assert dense.grad is None
 
 
 @pytest.mark.parametrize(("text", "slices"), [("50% rows", (0, slice(None))), ("2 of 4", (slice(None), [1, 2]))])

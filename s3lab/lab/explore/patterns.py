@@ -12,13 +12,14 @@ import torch
 from ipywidgets import HTML, BoundedIntText, Dropdown, HBox, IntSlider, Layout, Text, ToggleButtons, VBox
 from torch import Tensor
 
-from s3lab.algebra.compose import Bound, Plus, Then
+from s3lab.algebra.compose import Plus, Then
 from s3lab.algebra.coupled import CoupledPartition
 from s3lab.algebra.fit import describe, fit
 from s3lab.algebra.patterns import PATTERNS, parse
 from s3lab.algebra.picture import Cells, draw_cells, find_places
 from s3lab.algebra.spec import MATRIX, Pattern, Spec, View
 from s3lab.errors import ShapeError, SpecError
+from s3lab.lab.explore.bits import STORED, draw_bits
 from s3lab.lab.explore.grid import Grid
 from s3lab.lab.explore.shell import WIDE, Explorer
 from s3lab.solvers.magnitude import Magnitude
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 _DRAWN = 64  # rows and columns of cells that can be told apart
 _MOST = 2**16  # weights: as many as 256×256
-_VALUE_BITS = 16
 _LAYER = "model.layers.3.mlp.up_proj"
 _VIEWS = {"matrix": "matrix", "the view's order": "view", "storage order": "storage"}
 
@@ -48,7 +48,8 @@ def explore_patterns(
 
     ``shape`` (M, K) is the smallest that fits, if None.  ``scores``, of which the highest are kept, are "random" with
     ``seed``, or the "magnitude" or "wanda" scores in a corner of a layer of the reference model.  ``view`` shows the
-    cells as the "matrix", in the "view"'s order, or in "storage" order: scope by scope, block by block.
+    cells as the "matrix", in the "view"'s order, or in "storage" order: scope by scope, block by block.  Under the
+    facts a bar tells the bits that the weight takes when it is packed, and what they are spent on.
 
     >>> explorer = explore_patterns("2:4")
     >>> explorer.spec.value = "2:"
@@ -76,14 +77,16 @@ class PatternExplorer(Explorer):
             options=_VIEWS, value=view, description="shown as", style={**WIDE, "button_width": "11em"}
         )
         self.weight = Dropdown(description="weight", style=WIDE)
-        self.grid, self.facts = Grid(), HTML()
+        self.stored = Dropdown(options=list(STORED), description="values", style=WIDE)
+        self.grid, self.facts, self.bits = Grid(), HTML(), HTML()
         self._shown: tuple[Cells, str, str] | None = None
         self._slides = True
         shape_row, score_row = HBox([self.rows, self.columns]), HBox([self.scores, self.seed])
-        controls = VBox([self.names, self.spec, self.message, shape_row, self.keep, score_row, self.weight, self.facts])
+        texts = [self.names, self.spec, self.message]
+        controls = VBox([*texts, shape_row, self.keep, score_row, self.weight, self.facts, self.stored, self.bits])
         self.children = [self.view, HBox([controls, self.grid], layout=Layout(flex_flow="row wrap", grid_gap="1em"))]
         self.refresh()
-        self.watch(self.spec, self.rows, self.columns, self.scores, self.seed, self.view, self.weight)
+        self.watch(self.spec, self.rows, self.columns, self.scores, self.seed, self.view, self.weight, self.stored)
         self.names.observe(lambda _: self.attempt(self._take_name), "value")
         self.keep.observe(lambda _: self.attempt(self._take_keep), "value")
 
@@ -99,10 +102,10 @@ class PatternExplorer(Explorer):
         flat = mask.flatten().tolist()
         cells = Cells(width, offsets, scope, [first + b for b in block], [flat[offset] for offset in offsets])
         self.grid.show(cells, shape[1], bound.text)
-        told = f"{describe(bound)}\n{tell_bits(bound)}"
         more = f"\nthe first {len(offsets)} weights are drawn" if len(offsets) < shape[0] * shape[1] else ""
-        self.facts.value = f'<div style="white-space:pre-wrap;line-height:1.4">{escape(told + more)}</div>'
-        self._shown = cells, bound.text, told
+        self.facts.value = f'<div style="white-space:pre-line;line-height:1.4">{escape(describe(bound) + more)}</div>'
+        self.bits.value = draw_bits(bound, str(self.stored.value))
+        self._shown = cells, bound.text, describe(bound)
         self._show_keep(pattern, part)
 
     def picture(self) -> dict[str, str]:
@@ -166,20 +169,6 @@ class PatternExplorer(Explorer):
             assert isinstance(pattern, Spec)
             budget = Fraction(self.keep.value, 100) if isinstance(pattern.keep, Fraction) else self.keep.value
             self.spec.value = str(replace(pattern, scope=replace(pattern.scope, keep=budget)))
-
-
-def tell_bits(bound: Bound | CoupledPartition) -> str:
-    """Return how many bits a weight takes once it is packed, and where they go: to values, and to the index by round.
-
-    >>> print(tell_bits(parse("4:8@64x1 then 2:4").bind((64, 16))))
-    packed in bfloat16, 4.389 bits a weight:
-      4 for values
-      0.01367 for the index of 4:8@64x1
-      0.375 for the index of 2:4
-    """
-    parts = [(_VALUE_BITS * bound.density, "values"), *((n, f"the index of {text}") for text, n in bound.rounds)]
-    lines = [f"packed in bfloat16, {sum(n for n, _ in parts):.4g} bits a weight:"]
-    return "\n".join([*lines, *(f"  {n:.4g} for {what}" for n, what in parts)])
 
 
 def _smallest(spec: str) -> tuple[int, int]:

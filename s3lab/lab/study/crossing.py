@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -17,8 +15,8 @@ import torch
 import s3lab
 from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError
-from s3lab.files import write
 from s3lab.lab.run.fresh import hash_source
+from s3lab.lab.study.recall import recall
 from s3lab.models.prune.sequential import prune_model
 from s3lab.models.prune.shrink import shrink
 from s3lab.models.text import corpus
@@ -79,13 +77,13 @@ class Crossing:
             told = {"pattern": pattern, "method": method, "calibrated_on": text}
             key = {**asdict(self), **told, "prompts": list(prompts), "tokens": tokens, "source": source}
             del key["folder"]
-            digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
-            kept = Path(self.folder) / "rows" / f"{digest}.json"
-            if not kept.exists():
-                loaded = loaded or [load_model(self.model, self.dtype, self.device)]
-                row = told | self._measure(*loaded[0], pattern, method, text, prompts, tokens)
-                write(kept, json.dumps(row).encode())
-            yield json.loads(kept.read_bytes())
+
+            def make(pattern: str = pattern, method: str = method, text: str = text) -> dict[str, Any]:
+                loaded.extend([] if loaded else [load_model(self.model, self.dtype, self.device)])
+                row = self._measure(*loaded[0], pattern, method, text, prompts, tokens)
+                return {"pattern": pattern, "method": method, "calibrated_on": text, **row}
+
+            yield recall(self.folder, key, make)
 
     def _measure(
         self,

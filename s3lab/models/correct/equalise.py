@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from s3lab.errors import DataError, SpecError
 from s3lab.models.prune.flow import Flow, cut_chunks
+from s3lab.models.structure.capture import evaluating
 from s3lab.models.structure.decoder import Decoder, Matrix, Watch, find_course, find_decoder
 from s3lab.shapes import Float, Integer
 from s3lab.wildcards import matches
@@ -57,7 +58,7 @@ def equalise(
     globs = [only] if isinstance(only, str) else list(only or ())
     asked = _choose(decoder, globs)
     rows: list[dict[str, Any]] = []
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         flow = Flow(model, decoder, cut_chunks(ids, 0.0, batch, seed=0), model.device)
         probe = Flow(model, decoder, cut_chunks(ids[:1, :_PROBE], 0.0, 1, seed=0), model.device)
         for part in (flow, probe):
@@ -248,16 +249,6 @@ def _restored(*parts: Absorber | Matrix) -> Iterator[list[tuple[Tensor, Tensor]]
     finally:
         for tensor, before in kept:
             tensor.copy_(before)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _detach(tensor: Tensor | None) -> Tensor | None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from s3lab.errors import DataError, SpecError
+from s3lab.models.structure.capture import evaluating
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -52,7 +52,7 @@ def evaluate(
     """
     documents = [documents] if isinstance(documents, str) else list(documents)
     stride = length if stride is None else stride
-    _check_window(model, length, stride, batch)
+    check_window(model, length, stride, batch)
     encoded = [tokenizer.encode(document, verbose=False) for document in documents]
     counts = {
         "token": sum(map(len, encoded)),
@@ -63,7 +63,7 @@ def evaluate(
         raise DataError(f"{len(documents)} documents without a token leave nothing to score: give some text")
     prefix = _find_prefix(tokenizer)
     rows = [row for ids in encoded for row in _cut(torch.tensor([prefix, *ids]), length, stride)]
-    with _evaluating(model):
+    with evaluating(model):
         loss = torch.stack([_score(model, rows[i : i + batch]) for i in range(0, len(rows), batch)]).sum()
     return {
         **{f"{unit}_perplexity": (loss / count).exp().item() for unit, count in counts.items()},
@@ -101,7 +101,7 @@ def evaluate_lm_eval(
     documents = [documents] if isinstance(documents, str) else list(documents)
     if not documents and not tasks:
         raise DataError("no documents and no tasks leave nothing to measure: give one or the other")
-    _check_window(model, length, length, batch)
+    check_window(model, length, length, batch)
     manager = _index_tasks(bool(tasks))
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise DataError(f"lm_eval knows no task {', '.join(unknown)}: `lm_eval ls tasks` lists its names")
@@ -109,7 +109,7 @@ def evaluate_lm_eval(
     from lm_eval.models.huggingface import HFLM
 
     try:
-        with _evaluating(model):
+        with evaluating(model):
             found = simple_evaluate(
                 # lm_eval gives the tokenizer a padding token: the caller's stays as it is.
                 HFLM(
@@ -171,17 +171,8 @@ def _score(model: PreTrainedModel, rows: Sequence[tuple[Tensor, Tensor]]) -> Ten
     return cross_entropy(logits.float(), targets[chosen], reduction="none").double().sum().cpu()
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _check_window(model: PreTrainedModel, length: int, stride: int, batch: int) -> None:
+def check_window(model: PreTrainedModel, length: int, stride: int, batch: int) -> None:
+    """Raise SpecError for windows that the model cannot read, that leave tokens out, or none at a time."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
     if not 1 <= length <= positions:
         raise SpecError(f"a window of length={length} does not fit the model: take 1 to {positions} tokens")

@@ -14,8 +14,9 @@ from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.jobs import Job
 from s3lab.models.prune.passage import Passage
 from s3lab.models.structure.decoder import Course, Decoder, Matrix, Stage, find_course
-from s3lab.solvers import prune
+from s3lab.solvers import prune, wrap
 from s3lab.solvers.base import ScoreSolver, Solution, Solver
+from s3lab.solvers.wrap import Wrap, Wrapped
 from s3lab.tensors.hessian import Moment
 from s3lab.tensors.processes import ProcessGroup
 
@@ -35,6 +36,7 @@ class Recipe:
     refit: bool = False
     refine: bool = False
     salient: ScoreSolver | None = None
+    wrap: Wrap | None = None
     hessians: str = "pruned"
     scarce: float | None = None
     min_tokens: int | None = None
@@ -42,6 +44,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.hessians not in ("pruned", "dense"):
             raise SolveError(f"hessians = {self.hessians!r}: take those of the 'pruned' or of the 'dense' model")
+        if self.wrap and (self.damp == "auto" or self.refit or self.refine or self.salient):
+            raise SolveError("a wrapped core has one damping, and no refit, refine or salient score: leave those off")
 
     @property
     def total(self) -> int:
@@ -251,13 +255,22 @@ def _prune_together(
         moments = {name: shared.H for name, shared in inputs.items() if shared.H is not None}
         tests = {name: shared.H_test for name, shared in inputs.items() if shared.H_test is not None}
         options: dict[str, Any] = {"refit": recipe.refit, "refine": recipe.refine, "salient": recipe.salient}
-        found = prune(W, job.spec, moments, solver, H_test=tests, damp=damp, distributed=processes, **options)
-        figures = {name: _measure(solution, W[name]) for name, solution in found.items()}
+        found: Mapping[str, Solution | Wrapped]
+        if recipe.wrap and damp != "auto":
+            name = next(iter(inputs))
+            H_test = tests.get(name)
+            found = {
+                name: wrap(W[name], job.spec, moments[name], solver, H_test=H_test, damp=damp, options=recipe.wrap)
+            }
+            notes[name] = f"a core wrapped by blocks of {recipe.wrap.block}, stored as their product"
+        else:
+            found = prune(W, job.spec, moments, solver, H_test=tests, damp=damp, distributed=processes, **options)
+        figures = {name: _measure(solution, W[name], solver) for name, solution in found.items()}
         # the time is that of all together, told once
         figures |= {name: {**figures[name], "time_s": 0.0} for name in W if name != next(iter(inputs))}
         notes |= {name: f"{told}: damping {damp:g}" for name, told in short.items()}
         for name, solution in found.items():
-            W[name].copy_(solution.weight)
+            W[name].copy_(solution.dense if isinstance(solution, Wrapped) else solution.weight)
     return [
         {
             "shape": list(w.shape),
@@ -272,13 +285,15 @@ def _prune_together(
     ]
 
 
-def _measure(solution: Solution, W: Tensor) -> dict[str, Any]:
+def _measure(solution: Solution | Wrapped, W: Tensor, solver: Solver) -> dict[str, Any]:
     stats = {key: solution.stats[key] for key in ("damp", "time_s", "mem_mib") if key in solution.stats}
+    wrapped = isinstance(solution, Wrapped)
     return {
-        "solver": solution.solver,
+        "solver": repr(solver) if wrapped else solution.solver,
         "error": solution.error,
         "error_test": solution.error_test,
-        "weight_error": _distance(solution.weight, W),
+        "weight_error": _distance(solution.dense if wrapped else solution.weight, W),
+        **({"extra": solution.extra} if wrapped else {}),
         "density": float(solution.mask.double().mean()),
         **stats,
     }

@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from s3lab.errors import DataError
+from s3lab.errors import DataError, SolveError
 from s3lab.folder import claim
 from s3lab.markup import table
 from s3lab.models.prune.flow import Chunk, Flow, cut_chunks
 from s3lab.models.prune.jobs import Specs, choose, choose_jobs, read_tables, write_tables
 from s3lab.models.prune.layerwise import Recipe, prune_layer, prune_measured
 from s3lab.models.prune.moments import keep_moments, read_moments
-from s3lab.models.prune.rundir import RunDir, hash_tensors, layer_file
+from s3lab.models.prune.rundir import RunDir, layer_file
+from s3lab.models.prune.source import describe_source, find_sequences
 from s3lab.models.structure.decoder import Decoder, find_decoder
-from s3lab.models.text import corpus
 from s3lab.shapes import Integer
 from s3lab.solvers import make_score, make_solver
 from s3lab.solvers.base import ScoreSolver, Solver
+from s3lab.solvers.wrap import Wrap
 from s3lab.tensors.processes import ProcessGroup, find_processes
 from s3lab.version import __version__
 
@@ -85,6 +86,7 @@ def prune_model(
     refit: bool = False,
     refine: bool = False,
     salient: str | ScoreSolver | None = None,
+    wrap: Wrap | None = None,
     held_out: float = 0.1,
     hessians: str = "pruned",
     moments: str | Path | None = None,
@@ -109,7 +111,9 @@ def prune_model(
     ``calibration`` is a source of text as `corpus.tokens` takes it, of which ``sequences`` of ``length`` tokens are
     drawn with ``seed``, or ready sequences (N, L) int64, which need no tokenizer; a share ``held_out`` of them enters
     no second moment and gives the held-out errors, by which ``damp="auto"`` picks the damping of each matrix.
-    ``refit``, ``refine`` and ``salient`` are those of `prune`.  Weights keep their dtype, the model its mode.
+    ``refit``, ``refine`` and ``salient`` are those of `prune`.  With ``wrap`` each matrix becomes A S B as `s3lab.wrap`
+    has it, stored as that product, and its row tells in ``extra`` what A and B hold.  Weights keep their dtype, the
+    model its mode.
 
     ``spec`` and ``solver`` are for all matrices, or tables of globs over their names, with or without what stands
     before the list of layers, of which the first match wins; the spec "dense" leaves a matrix alone.  A matrix that
@@ -158,31 +162,25 @@ def prune_model(
         "refit": refit,
         "refine": refine,
         "salient": make_score(salient),
+        "wrap": wrap,
         "hessians": hessians,
         "scarce": scarce,
         "min_tokens": min_tokens,
     }
+    if wrap and distributed:
+        raise SolveError("a core is wrapped by one process: leave distributed off")
     processes, decoder, place = find_processes(distributed), find_decoder(model), torch.device(device or model.device)
-    ids = calibration
-    if not isinstance(ids, Tensor):
-        if tokenizer is None:
-            raise DataError(f"the text of {str(ids)!r} needs a tokenizer: give the model's, or ready sequences")
-        ids = corpus.tokens(tokenizer, "calibration", length, sequences, seed, ids)
+    ids = find_sequences(tokenizer, calibration, sequences, length, seed)
     recipe = Recipe(choose_jobs(decoder, model.config, tables), choose(decoder, solvers), **options)
     chunks = cut_chunks(ids, held_out, batch, seed)
-    source = {
-        **_fingerprint(model),
-        "calibration": hash_tensors({"ids": ids}),
-        "held_out": held_out,
-        "batch": batch,
-        "seed": seed,
-    }
+    source = describe_source(model, ids, held_out, batch, seed)
     settings = {
         **source,
         "spec": write_tables(tables),
         "solver": {glob: repr(value) for glob, value in solvers.items()},
         **options,
         "salient": None if salient is None else repr(options["salient"]),
+        "wrap": None if wrap is None else repr(wrap),
         "moments": moments is not None,
         "device": place.type,
         "versions": {"python": platform.python_version(), "s3lab": __version__}
@@ -197,7 +195,7 @@ def prune_model(
         "provenance": dict(provenance or {}),
     }
     own = out if processes.rank == 0 else None
-    with torch.no_grad(), processes.united(), claim(own), _as_evaluated(model, decoder):
+    with torch.no_grad(), processes.united(), claim(own), as_evaluated(model, decoder):
         _check_alike(processes, settings)
         rundir = None if out is None else RunDir(out, settings, facts, processes)
         done = sum(len(record["matrices"]) for record in rundir.layers) if rundir else 0
@@ -291,7 +289,7 @@ def _restore(rundir: RunDir, decoder: Decoder, index: int) -> None:
 
 
 @contextmanager
-def _as_evaluated(model: PreTrainedModel, decoder: Decoder) -> Iterator[None]:
+def as_evaluated(model: PreTrainedModel, decoder: Decoder) -> Iterator[None]:
     """Have the model in evaluation mode, and its experts, if any, multiply one by one as its own code says."""
     training, experts = model.training, getattr(model.config, "_experts_implementation", "eager")
     stacked = any(m.expert is not None for matrices in decoder.matrices for m in matrices.values())
@@ -341,16 +339,3 @@ def _check_alike(processes: ProcessGroup, settings: dict[str, Any]) -> None:
     seal = float(int(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12], 16))
     if processes.max(seal) + processes.max(-seal):
         raise DataError("the processes have different models, sequences or settings: give all of them the same")
-
-
-def _fingerprint(model: PreTrainedModel) -> dict[str, str]:
-    """What tells one model from another: its class, its configuration and its weights."""
-    config = {**model.config.to_dict(), "attention": model.config._attn_implementation}
-    for key in ("_name_or_path", "transformers_version"):
-        config.pop(key, None)
-    text = json.dumps(config, sort_keys=True, default=str)
-    return {
-        "model": type(model).__name__,
-        "config": hashlib.sha256(text.encode()).hexdigest(),
-        "weights": hash_tensors(dict(model.named_parameters())),
-    }

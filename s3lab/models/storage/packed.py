@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError, SpecError
 from s3lab.files import write
-from s3lab.models.storage.checkpoint import RECORD
+from s3lab.models.storage.checkpoint import RECORD, group_rows, read_json, read_record
 from s3lab.models.storage.quantizer import METHOD
 from s3lab.packing.codec import ALONE, bind, pack
 from s3lab.packing.file import (
@@ -42,13 +42,11 @@ def pack_model(folder: str | Path, out: str | Path, *, values: Kind = "same", gr
     matrix that is not pruned as the record says.
     """
     folder, out = Path(folder), Path(out)
-    record, config = _read_json(folder / RECORD), _read_json(folder / CONFIG)
-    if "quantization_config" in config:
-        raise DataError(f"{folder} holds a packed or quantised model: give the folder of a pruned one")
+    record, config = read_record(folder), read_json(folder / CONFIG)
     tensors, _ = read_tensors(find_files(folder))
     entries: list[Entry] = []
     dense: dict[str, str] = {}
-    for spec, rows in _group(record, folder):
+    for spec, rows in group_rows(record["matrices"], str(folder / RECORD)):
         found = _find(spec, rows, tensors)
         if isinstance(found, str):
             dense |= {f"layer {row['layer']} {row['name']}": found for row in rows}
@@ -75,29 +73,12 @@ def unpack_model(folder: str | Path, out: str | Path) -> None:
     Where values were rounded, the weights are the rounded ones.  Raises DataError as `file.read_packed` does.
     """
     folder, out = Path(folder), Path(out)
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     entries, tensors = read_packed(folder)
     config.pop("quantization_config", None)
     for entry in entries:
         tensors |= entry.unpack()
     _save(folder, out, tensors, {"format": "pt"}, config)
-
-
-def _group(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield each spec of a record with the rows of the matrices it pruned together, in the order of its names."""
-    try:
-        rows = list(record["matrices"])
-        at = 0
-        while at < len(rows):
-            spec = rows[at]["spec"]
-            count = len(parse(spec).names) or 1
-            together = rows[at : at + count]
-            if len(together) < count or any(row["spec"] != spec for row in together):
-                raise ValueError(f"{spec} is of {count} matrices")
-            yield spec, together
-            at += count
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / RECORD} is no record of a pruned model ({error}): prune the model again") from error
 
 
 def _pack(
@@ -121,7 +102,7 @@ def _pack(
 
 
 def _find(
-    spec: str, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]
+    spec: str, rows: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
 ) -> str | tuple[dict[str, str], list[frozenset[str]], bool]:
     """The names of the matrices of rows by those of their spec, which may be stored (K, M), and if a shape is another.
 
@@ -132,6 +113,8 @@ def _find(
     shapes = {key: (row["shape"][0], row["shape"][1]) for key, row in own.items()}
     if all(row["density"] == 1 for row in rows) and bind(pattern, shapes).density < 1:
         return "left dense by the run"
+    if any("extra" in row for row in rows):
+        return "wrapped: its zeros are in the core, and not in the product that is stored"
     keys, turned, square, changed = {}, set(), set(), False
     for key, row in own.items():
         end = f".{row['layer']}.{row['name']}.weight"
@@ -159,13 +142,3 @@ def _save(
         if path.is_file() and path.suffix != ".safetensors" and path.name not in (CONFIG, INDEX):
             shutil.copyfile(path, out / path.name)
     write(out / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): give the folder of a model that s3lab pruned") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds no settings: give the folder of a model that s3lab pruned")
-    return found

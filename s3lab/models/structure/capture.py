@@ -35,6 +35,25 @@ def find_linears(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode, and then in the mode it was in.
+
+    >>> model = nn.Dropout()
+    >>> with evaluating(model):
+    ...     print(model.training)
+    False
+    >>> model.training
+    True
+    """
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def accumulate(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Moment]]:
     """Collect the second moment of each layer's inputs during the forward passes inside the block."""
     moments = {name: Moment() for name in layers}

@@ -173,6 +173,18 @@ def tokens(
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
+def hold_out(ids: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return windows (N, L) without some ``count`` of them, drawn with ``seed``, and those; DataError for too few.
+
+    >>> [len(part) for part in hold_out(torch.zeros(8, 4).long(), 2)]
+    [6, 2]
+    """
+    if len(ids) <= count:
+        raise DataError(f"{len(ids)} windows leave none when {count} are held out: hold out fewer, or give more text")
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    return ids[order[count:].sort().values], ids[order[:count]]
+
+
 def _read_topics() -> Iterator[tuple[str, str]]:
     from pydoc_data.topics import topics
 

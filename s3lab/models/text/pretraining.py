@@ -70,9 +70,18 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: a linear rise to ``lr``, then a half cosine down to a hundredth of it."""
-        rise = max(1, round(self.warmup * self.steps))
-        fall = (1 + math.cos(math.pi * max(0, step - rise) / max(1, self.steps - rise))) / 2
-        return self.lr * min((step + 1) / rise, 0.01 + 0.99 * fall)
+        return self.lr * pace(step, self.steps, self.warmup)
+
+
+def pace(step: int, steps: int, warmup: float) -> float:
+    """Share of the highest learning rate: a linear rise over a share of the steps, then a half cosine down to 0.01.
+
+    >>> [round(pace(step, 5, 0.4), 2) for step in range(5)]
+    [0.5, 1.0, 1.0, 0.75, 0.26]
+    """
+    rise = max(1, round(warmup * steps))
+    fall = (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))) / 2
+    return min((step + 1) / rise, 0.01 + 0.99 * fall)
 
 
 _TOY = Recipe(vocab=512, hidden=64, layers=2, intermediate=128, head_dim=16, length=64)
@@ -150,7 +159,7 @@ def train(
     tokenizer, model = train_tokenizer(recipe), build(recipe)
     stream = corpus.tokens(tokenizer, "train", 1).flatten()
     held_out = corpus.tokens(tokenizer, "calibration", recipe.length, recipe.windows, recipe.seed)
-    run = _Run(recipe, model, _optimizer(recipe, model))
+    run = Pretraining(recipe, model, make_optimizer(recipe, model))
     if (out / CHECKPOINT).exists():
         run.restore(out / CHECKPOINT)
     began, losses = time.perf_counter() - run.time_s, []
@@ -187,8 +196,8 @@ def unigram_perplexity(train_ids: Tensor, test_ids: Tensor, vocab: int) -> float
 
 
 @dataclass
-class _Run:
-    """A training under way: what a checkpoint holds."""
+class Pretraining:
+    """A training under way, with what a checkpoint holds: ``learn`` takes a step."""
 
     recipe: Recipe
     model: PreTrainedModel
@@ -199,6 +208,7 @@ class _Run:
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def learn(self, stream: Tensor, step: int) -> float:
+        """Take a step on windows of a stream of tokens (n,), and return its loss."""
         recipe, device = self.recipe, torch.device(self.recipe.device)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(step)
@@ -273,7 +283,8 @@ class _Run:
         }
 
 
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW of a recipe, without decay of vectors."""
     matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay}
     vectors = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
     return torch.optim.AdamW([matrices, vectors], lr=recipe.lr, betas=(0.9, 0.95), fused=True)

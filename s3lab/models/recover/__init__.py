@@ -1,0 +1,1 @@
+"""What was lost in pruning, trained back: the weights that are kept, on text or from the dense model."""

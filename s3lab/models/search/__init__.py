@@ -1,0 +1,1 @@
+"""What decides around the mask: which matrix gets which share of a budget.  One idea, one file."""

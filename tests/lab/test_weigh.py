@@ -1,17 +1,20 @@
 """What packed models weigh: bytes by hand, nothing twice, and no perplexity lost on the way."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from s3lab.algebra.patterns import parse
-from s3lab.lab.study.weigh import Weighing, count_memory, find_layers, time_layers, time_models
+from s3lab.lab.study.weigh import Weighing, _find_tensors, count_memory, find_layers, time_layers, time_models
 from s3lab.models.text.pretrained import load_model
 from s3lab.models.text.pretraining import RECIPES, build
 from s3lab.packing.codec import ALONE, pack
 from s3lab.packing.file import Entry
+from s3lab.packing.gpu import Fragments
 from s3lab.packing.linear import PackedLinear
 
 MODELS = {"dense": ["same", "int8"], "2:4": ["same", "int4"], "mlp-channels keep 50%": ["same"]}
@@ -71,6 +74,25 @@ def test_a_packed_layer_holds_its_buffers_and_its_layout():
     stored = sum(buffer.nbytes for buffer in layer.buffers())
     assert stored == 16 * 64 * 8.75 / 8
     assert count_memory(layer) >= stored + 16 * 64 / 8  # a bit for each weight
+
+
+def test_a_layer_for_tensor_cores_holds_no_value_twice_that_it_need_not(monkeypatch):
+    W = torch.randn(32, 64).bfloat16()
+    W = W.where(parse("block16").bind((32, 64)).project(W.float().abs()), 0)
+    layer = PackedLinear.of(Entry(pack(W, "block16"), {ALONE: "up"}), ALONE)
+    on_cpu = count_memory(layer)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    layer.to("cpu")  # which has it laid out again
+    assert isinstance(layer.laid_out[1], Fragments)
+    assert count_memory(layer) == on_cpu + 32 // 2 * 64 // 16 // 8 + 32 * 8  # a bit for each run, and the pairs
+
+
+def test_what_sparse_tensor_cores_take_is_counted_by_its_parts():
+    kept, indices = torch.zeros(32, 32).bfloat16(), torch.zeros(32, 4, dtype=torch.int16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        form = SparseSemiStructuredTensorCUTLASS(torch.Size([32, 64]), kept, indices, None, None, None)
+    assert sum(t.nbytes for t in _find_tensors(SimpleNamespace(form=form))) == kept.nbytes + indices.nbytes
 
 
 def test_models_take_turns_on_one_prompt_and_what_they_write():

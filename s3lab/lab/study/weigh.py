@@ -144,7 +144,8 @@ def count_memory(model: nn.Module) -> int:
     64
     """
     held = [*model.parameters(), *model.buffers()]
-    held += [t for module in model.modules() if isinstance(module, PackedLinear) for t in _find_tensors(module.rows)]
+    packed = [module.laid_out for module in model.modules() if isinstance(module, PackedLinear)]
+    held += _find_tensors(packed)
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
 
@@ -215,8 +216,10 @@ def time_layers(
 
 
 def _find_tensors(thing: object) -> Iterator[Tensor]:
-    """All tensors in an object's attributes and theirs."""
-    if isinstance(thing, Tensor):
+    """All tensors in an object's attributes and theirs, and in place of one that is made of others, these."""
+    if isinstance(thing, Tensor) and hasattr(thing, "__tensor_flatten__"):
+        yield from (getattr(thing, name) for name in thing.__tensor_flatten__()[0])
+    elif isinstance(thing, Tensor):
         yield thing
     elif isinstance(thing, tuple | list):
         for part in thing:

@@ -277,15 +277,17 @@ def crossed() -> Names:
 
 
 def weighed() -> Names:
-    models = {"dense": ["same", "int8"], "2:4": ["same"]}
+    kinds = {"dense": ["same", "int8"], "2:4": ["same", "int4"]}
     rows = [
         {"model": "dense", "values": "same", "file_bytes": 22, "memory_bytes": 21, "perplexity": 50.0},
         {"model": "dense int8", "values": "int8", "file_bytes": 12, "memory_bytes": 13, "perplexity": 50.1},
         {"model": "2:4", "values": "same", "file_bytes": 13, "memory_bytes": 14, "perplexity": 52.0},
+        {"model": "2:4 int4", "values": "int4", "file_bytes": 6, "memory_bytes": 7, "perplexity": 52.3},
     ]
     sizes = [{"matrix_bytes": 20, "counted_bytes": 20.0, "unpacked_perplexity": row["perplexity"]} for row in rows]
     table = pd.DataFrame([row | size for row, size in zip(rows, sizes, strict=True)])
-    return {"table": table, "models": models, "layers": pd.DataFrame({"error": [0.001, 0.002]})}
+    by_bytes = table[["model"]].assign(frontier=[True, True, False, True])
+    return {"table": table, "models": kinds, "by_bytes": by_bytes, "layers": pd.DataFrame({"error": [0.001, 0.002]})}
 
 
 def fewer(names: Names) -> None:
@@ -355,6 +357,7 @@ WRONG = [
         "rounded to int8, the dense model is better than 2:4 in fewer bytes",
         put("table", (1, "perplexity"), 52.5),
     ),
+    ("12", "no model drawn beats 2:4 in int4 in both bytes and perplexity", put("by_bytes", (3, "frontier"), False)),
     ("12", "a packed layer's product is that of its weight", put("layers", (1, "error"), 0.02)),
     ("16", "every row is there", fewer),
     ("16", "ADMM < SparseGPT < Wanda < magnitude", put("table", (3, "own_rise_percent"), 95.0)),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DENSE = "dense"
+_STEPS = "prefill", "decode"
 _ALL = "1:1"  # the pattern that keeps every weight: packed by it, a dense model is a quantised one
 
 
@@ -61,21 +62,23 @@ class Weighing:
 
         The pattern `DENSE` keeps all weights; a structure such as "mlp-channels keep 75%" leaves a smaller dense model.
         A row has what `weigh_folder`, `count_memory` and `time_models` tell, ``bytes_per_weight`` of the matrices over
-        the weights of the dense model's, ``perplexity``, that of the pruned model before it was packed,
-        ``decode_faster`` and ``prefill_faster``, the dense model's time by its own, and what `prune_model` raises.
+        the weights of the dense model's, ``perplexity``, ``unpacked_perplexity``, that of the pruned model before it
+        was packed, ``decode_tokens_per_s`` and ``prefill_tokens_per_s``, and ``decode_faster`` and ``prefill_faster``,
+        how many times those of the dense model they are.  Raises what `prune_model` and `pack_model` do.
         """
         weights = sum(matrix.weight.numel() for matrix in find_layers(self.dense).values())
         with TemporaryDirectory() as home:
-            for number, (pattern, kinds) in enumerate(models.items()):
-                pruned = Path(home) / f"pruned-{number}"
-                facts = self._prune(pattern, pruned, Path(home) / "moments")
-                for kind in kinds:
-                    folder = pruned
-                    if pattern != DENSE or kind != "same":
-                        folder = Path(home) / f"packed-{number}-{kind}"
-                        pack_model(pruned, folder, values=kind)
-                    row = {"pattern": pattern, "values": kind, "solver": self.solver, **facts}
-                    yield row | self._measure(folder, weights)
+            for pattern, kinds in models.items():
+                with TemporaryDirectory(dir=home) as own:  # no more than one pattern's models are on disk
+                    pruned = Path(own) / "pruned"
+                    facts = self._prune(pattern, pruned, Path(home) / "moments")
+                    for kind in kinds:
+                        folder = pruned
+                        if pattern != DENSE or kind != "same":
+                            folder = Path(own) / f"packed-{kind}"
+                            pack_model(pruned, folder, values=kind)
+                        row = {"pattern": pattern, "values": kind, "solver": self.solver, **facts}
+                        yield row | self._measure(folder, weights)
 
     def _prune(self, pattern: str, out: Path, moments: Path) -> dict[str, Any]:
         """Save the pruned model, and return its density and perplexity."""
@@ -106,8 +109,8 @@ class Weighing:
             "memory_bytes": count_memory(model),  # after they ran: packed layers are laid out by then
             "perplexity": perplexity(model, self.test),
             **own,
-            "decode_faster": dense["decode_ms"] / own["decode_ms"],
-            "prefill_faster": dense["prefill_ms"] / own["prefill_ms"],
+            **{f"{step}_tokens_per_s": 1e3 / own[f"{step}_ms"] for step in _STEPS},
+            **{f"{step}_faster": dense[f"{step}_ms"] / own[f"{step}_ms"] for step in _STEPS},
         }
 
 

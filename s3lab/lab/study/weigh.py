@@ -220,10 +220,9 @@ def time_layers(
 
 def _find_tensors(thing: object) -> Iterator[Tensor]:
     """All tensors in an object's attributes and theirs, and in place of one that is made of others, these."""
-    if isinstance(thing, Tensor) and hasattr(thing, "__tensor_flatten__"):
-        yield from (getattr(thing, name) for name in thing.__tensor_flatten__()[0])
-    elif isinstance(thing, Tensor):
-        yield thing
+    if isinstance(thing, Tensor):
+        flatten = getattr(thing, "__tensor_flatten__", None)
+        yield from [getattr(thing, name) for name in flatten()[0]] if flatten else [thing]
     elif isinstance(thing, tuple | list):
         for part in thing:
             yield from _find_tensors(part)

@@ -276,6 +276,20 @@ def crossed() -> Names:
     return given | {"pairs": pairs, "patterns": patterns}
 
 
+def weighed() -> Names:
+    kinds = {"dense": ["same", "int8"], "2:4": ["same", "int4"]}
+    rows = [
+        {"model": "dense", "values": "same", "file_bytes": 22, "memory_bytes": 21, "perplexity": 50.0},
+        {"model": "dense int8", "values": "int8", "file_bytes": 12, "memory_bytes": 13, "perplexity": 50.1},
+        {"model": "2:4", "values": "same", "file_bytes": 13, "memory_bytes": 14, "perplexity": 52.0},
+        {"model": "2:4 int4", "values": "int4", "file_bytes": 6, "memory_bytes": 7, "perplexity": 52.3},
+    ]
+    sizes = [{"matrix_bytes": 20, "counted_bytes": 20.0, "unpacked_perplexity": row["perplexity"]} for row in rows]
+    table = pd.DataFrame([row | size for row, size in zip(rows, sizes, strict=True)])
+    by_bytes = table[["model"]].assign(frontier=[True, True, False, True])
+    return {"table": table, "models": kinds, "by_bytes": by_bytes, "layers": pd.DataFrame({"error": [0.001, 0.002]})}
+
+
 def fewer(names: Names) -> None:
     names["rows"] = names["rows"][1:]
 
@@ -292,6 +306,7 @@ RIGHT: dict[str, Callable[[], Names]] = {
     "09": pruning,
     "10": corrected,
     "11": inputs,
+    "12": weighed,
     "13": from_nothing,
     "14": recovery,
     "16": crossed,
@@ -328,6 +343,22 @@ WRONG = [
     ("10", "more freedom, lower perplexity of scores", put("pruned", (6, "perplexity"), 61.0)),
     ("10", "salient weights lower it", put("pruned", (4, "perplexity"), 61.0)),
     ("10", "fine-tuning lowers that of scores", put("pruned", (2, "perplexity"), 61.0)),
+    ("12", "every model is there", put("models", (), {"dense": ["same"]})),
+    (
+        "12",
+        "packed and loaded again, perplexity is the same to the last digit",
+        put("table", (2, "perplexity"), 52.000000001),
+    ),
+    ("12", "a packed matrix takes what the algebra counts, to 1 %", put("table", (2, "matrix_bytes"), 21)),
+    ("12", "packed models are smaller on disk", put("table", (2, "file_bytes"), 22)),
+    ("12", "2:4 is smaller in memory", put("table", (2, "memory_bytes"), 21)),
+    (
+        "12",
+        "rounded to int8, the dense model is better than 2:4 in fewer bytes",
+        put("table", (1, "perplexity"), 52.5),
+    ),
+    ("12", "no model drawn beats 2:4 in int4 in both bytes and perplexity", put("by_bytes", (3, "frontier"), False)),
+    ("12", "a packed layer's product is that of its weight", put("layers", (1, "error"), 0.02)),
     ("16", "every row is there", fewer),
     ("16", "ADMM < SparseGPT < Wanda < magnitude", put("table", (3, "own_rise_percent"), 95.0)),
     ("16", "ADMM below SparseGPT on every pattern", put("table", (10, "own_rise_percent"), 21.0)),

@@ -49,6 +49,7 @@ NAMES = {
     "rise here": "documentation_rise_percent",
     "WikiText-2": "wikitext_perplexity",
     "rise there": "wikitext_rise_percent",
+    "bytes per weight": "bytes_per_weight",
 }
 PLAIN = (("correction", "none"), ("seed", "0"))
 PATTERNS = "benchmarks/results/compare_nm_patterns.csv"
@@ -72,6 +73,7 @@ TABLES = {
         PATTERNS, ("solver",), "pattern", "perplexity", PLAIN
     ),
     ("docs/training.md", "What a step takes"): Source("benchmarks/results/time_training_step.csv", ("method",)),
+    ("docs/packing.md", "A whole model, against rounding"): Source("figures/weigh_reference.csv", ("model",)),
 }
 
 

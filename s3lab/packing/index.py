@@ -109,8 +109,8 @@ def _take(
 
 def _width(number: Tensor, keep: Tensor) -> int:
     """The bits of the largest rank of scopes of so many blocks."""
-    pairs = torch.stack([number, keep], 1).unique(dim=0).tolist()
-    return max((comb(blocks, kept) - 1).bit_length() for blocks, kept in pairs)
+    pairs = torch.bincount(number * (RANKED + 1) + keep).nonzero().flatten().tolist()
+    return max((comb(*divmod(pair, RANKED + 1)) - 1).bit_length() for pair in pairs)
 
 
 def _split(words: Tensor) -> Tensor:

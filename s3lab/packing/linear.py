@@ -95,6 +95,11 @@ class PackedLinear(nn.Module):
         return self._rows
 
     @property
+    def laid_out(self) -> tuple[Rows, gpu.Form | None]:
+        """The weight as it is held to run, beside the buffers: by rows, and as a GPU's tensor cores take it."""
+        return self.rows, self._form
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight as the layer had it, unpacked: what is written into it changes nothing."""
         W = self.rows.unpack(0, self.rows.shape[0])

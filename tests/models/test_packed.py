@@ -138,6 +138,15 @@ def test_values_are_rounded_where_that_is_asked(make_tiny, ids, tmp_path):
     assert 0 < errors[0] < 0.05 < errors[1] < 1 and sizes[1] < sizes[0]
 
 
+def test_the_pattern_that_keeps_all_makes_a_quantised_model(make_tiny, ids, tmp_path):
+    out = prune(make_tiny("Llama").bfloat16(), "1:1", ids, tmp_path / "pruned")
+    assert not pack_model(out, tmp_path / "packed", values="int8")
+    lines = [line for line in weigh(tmp_path / "packed") if line.spec]
+    assert len(lines) == 14 and all(line.index == 0 and line.bits == 8 + 16 / 128 for line in lines)
+    exact, found = logits(load(out), ids).float(), logits(load(tmp_path / "packed"), ids).float()
+    assert 0 < float((found - exact).norm() / exact.norm()) < 0.05
+
+
 def test_a_model_of_several_files_is_packed_and_stays_whole(make_tiny, ids, tmp_path):
     out = prune(make_tiny("Llama"), "2:4", ids, tmp_path / "pruned")
     model = load(out)

@@ -15,7 +15,7 @@ from s3lab.errors import DataError, SpecError
 from s3lab.files import write
 from s3lab.models.storage.checkpoint import RECORD, group_rows, read_json, read_record
 from s3lab.models.storage.quantizer import METHOD
-from s3lab.packing.codec import ALONE, pack
+from s3lab.packing.codec import ALONE, bind, pack
 from s3lab.packing.file import (
     INDEX,
     VERSION,
@@ -108,12 +108,15 @@ def _find(
 
     Or why they stay dense.  A square does not tell which way round it is stored.
     """
-    if all(row["density"] == 1 for row in rows):
+    pattern = parse(spec)
+    own = dict(zip(pattern.names or (ALONE,), rows, strict=True))
+    shapes = {key: (row["shape"][0], row["shape"][1]) for key, row in own.items()}
+    if all(row["density"] == 1 for row in rows) and bind(pattern, shapes).density < 1:
         return "left dense by the run"
     if any("extra" in row for row in rows):
         return "wrapped: its zeros are in the core, and not in the product that is stored"
     keys, turned, square, changed = {}, set(), set(), False
-    for key, row in zip(parse(spec).names or (ALONE,), rows, strict=True):
+    for key, row in own.items():
         end = f".{row['layer']}.{row['name']}.weight"
         names = [name for name in tensors if f".{name}".endswith(end) and tensors[name].ndim == 2]
         if len(names) != 1:

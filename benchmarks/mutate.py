@@ -7,8 +7,10 @@ mutmut makes the faults and runs the tests that reach them.  It leaves decorated
 among them; faults in nothing but the wording of a text, or in the strictness of a
 zip, are left out.  Of the others all are tried, or ``--sample`` of them, drawn with ``--seed``.
 
-benchmarks/results/mutation_scores.csv has a row for each file and commit, mutation_survivors.csv what nobody noticed in
-the last run of a file, with the reasons that were written there by hand for the same change.
+benchmarks/results/mutation_survivors.csv has what nobody noticed in the last run of a file, and in earlier ones where it
+is explained: the last column is written by hand, and says why no result can differ, or why it is only slower.
+mutation_scores.csv has a row for each file and commit; its score is that over the faults that can be noticed, which is
+all that were tried but those ``explained``.  Run with ``--recount`` alone, after explaining, to bring it up to date.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import chdir
+from operator import itemgetter
 from pathlib import Path
 
 from mutmut.mutation.file_mutation import mutate_file_contents
@@ -38,7 +42,8 @@ from s3lab.files import write
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TREE = ["s3lab", "tests", "notebooks/profiles", "conftest.py", "pyproject.toml", ":(exclude)s3lab/models/text/weights"]
-SURVIVOR = "file", "function", "before", "after", "reason"
+SURVIVOR = "file", "function", "before", "after", "commit", "seed", "reason"
+SCORE = "file", "commit", "mutants", "tried", "seed", "noticed", "explained", "score_percent", "tests"
 SCORES = ["solvers/test_truths.py::test_scores_alone_pick_the_masks_of_their_papers", "solvers/test_ria.py"]
 SOBS = [
     "solvers/test_sobs_stages.py",
@@ -118,8 +123,8 @@ def list_mutants(tree: Path, file: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def try_mutants(file: str, commit: str, sample: int | None, seed: int) -> tuple[dict, list[dict]]:
-    """Return the score of a file's tests, and a row for each fault that they did not notice."""
+def try_mutants(file: str, commit: str, sample: int | None, seed: int) -> tuple[dict, list[dict], set]:
+    """Return what a file's tests noticed, a row for each fault that they did not, and the lines of those not tried."""
     with tempfile.TemporaryDirectory(prefix="s3lab-mutate-") as folder:
         tree = Path(folder)
         packed = subprocess.run(["git", "archive", commit, *TREE], cwd=ROOT, capture_output=True, check=True)
@@ -149,32 +154,52 @@ def try_mutants(file: str, commit: str, sample: int | None, seed: int) -> tuple[
         "commit": commit,
         "mutants": len(mutants),
         "tried": len(tried),
-        "seed": seed if len(tried) < len(mutants) else "",
+        "seed": f"{seed}" if len(tried) < len(mutants) else "",
         "noticed": len(tried) - len(lived),
-        "score_percent": f"{100 * (1 - len(lived) / len(tried)):.1f}" if tried else "",
         "tests": " ".join(tests),
     }
     function = {name: re.split("x_|ǁ", name.rpartition("__mutmut_")[0])[-1] for name in lived}
-    return score, [dict(zip(SURVIVOR, (file, function[name], *mutants[name], ""), strict=True)) for name in lived]
+    told = {"commit": commit, "seed": score["seed"], "reason": ""}
+    rows = [dict(zip(SURVIVOR, (file, function[name], *mutants[name]), strict=False)) | told for name in lived]
+    return score, rows, {mutants[name] for name in mutants if name not in tried}
 
 
-def add_rows(name: str, rows: list[dict], fields: Iterable[str], **place: str) -> None:
-    """Put rows into a table in place of those that have the values of ``place``, files in alphabetical order."""
+def read_table(name: str) -> list[dict]:
     path = RESULTS / f"{name}.csv"
-    old = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    reasons = {tuple(row[k] for k in ("file", "before", "after")): row["reason"] for row in old if "reason" in row}
-    for row in rows:
-        if "reason" in row:
-            row["reason"] = reasons.get((row["file"], row["before"], row["after"]), "")
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def write_table(name: str, fields: Iterable[str], rows: list[dict]) -> None:
+    """Write a table, files in alphabetical order, and the rows of each in that in which they come."""
     text = io.StringIO()
-    table = csv.DictWriter(text, list(fields), lineterminator="\n")
+    table = csv.DictWriter(text, list(fields), restval="", lineterminator="\n")
     table.writeheader()
-    table.writerows(
-        sorted(
-            [*(row for row in old if any(row[k] != v for k, v in place.items())), *rows], key=lambda row: row["file"]
-        )
-    )
-    write(path, text.getvalue().encode())
+    table.writerows(sorted(rows, key=lambda row: row["file"]))
+    write(RESULTS / f"{name}.csv", text.getvalue().encode())
+
+
+def note(score: dict, lived: list[dict], untried: set[tuple[str, str]]) -> None:
+    """Put a run into both tables, with the reasons that are known; those of faults that were not tried stay."""
+    old, change = read_table("mutation_survivors"), itemgetter("file", "before", "after")
+    reasons = {change(row): row["reason"] for row in old}
+    lived = [row | {"reason": reasons.get(change(row), "")} for row in lived]
+    stay = [r for r in old if r["file"] != score["file"] or (r["reason"] and change(r)[1:] in untried)]
+    write_table("mutation_survivors", SURVIVOR, [*stay, *lived])
+    run = itemgetter("file", "commit", "seed")
+    write_table("mutation_scores", SCORE, [*(r for r in read_table("mutation_scores") if run(r) != run(score)), score])
+
+
+def recount() -> dict[str, dict]:
+    """Count the survivors of each file's last run that are explained, and return these runs by file."""
+    scores, run = read_table("mutation_scores"), itemgetter("file", "commit", "seed")
+    last = {row["file"]: row for row in scores}
+    explained = Counter(run(row) for row in read_table("mutation_survivors") if row["reason"])
+    for row in last.values():
+        row["explained"] = explained[run(row)]
+        noticeable = int(row["tried"]) - row["explained"]
+        row["score_percent"] = f"{100 * int(row['noticed']) / noticeable:.1f}" if noticeable else ""
+    write_table("mutation_scores", SCORE, scores)
+    return last
 
 
 def main() -> None:
@@ -183,6 +208,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="faults of each file to try; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at", default="HEAD", help="the commit whose files and tests are taken")
+    parser.add_argument("--recount", action="store_true", help="try nothing, and count what has been explained since")
     options = parser.parse_args()
     if unknown := [file for file in options.files if file not in TESTS]:
         parser.error(f"no tests are named for {', '.join(unknown)}: add a line to TESTS in {__file__}")
@@ -191,10 +217,10 @@ def main() -> None:
     )
     commit = shown.stdout.strip()
     for file in options.files:
-        score, lived = try_mutants(file, commit, options.sample, options.seed)
-        add_rows("mutation_scores", [score], score, file=file, commit=commit)
-        add_rows("mutation_survivors", lived, SURVIVOR, file=file)
-        print(f"{file}: {score['noticed']} of {score['tried']} noticed, of {score['mutants']} in all", flush=True)
+        if not options.recount:
+            note(*try_mutants(file, commit, options.sample, options.seed))
+        if row := recount().get(file):
+            print("{file}: {score_percent} %, {noticed} of {tried} noticed, {explained} explained".format(**row), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ among them; faults in nothing but the wording of a text, or in the strictness of
 zip, are left out.  Of the others all are tried, or ``--sample`` of them, drawn with ``--seed``.
 
 benchmarks/results/mutation_survivors.csv has what nobody noticed in the last run of a file, and in earlier ones where it
-is explained: the last column is written by hand, and says why no result can differ, or why it is only slower.
-mutation_scores.csv has a row for each file and commit; its score is that over the faults that can be noticed, which is
-all that were tried but those ``explained``.  Run with ``--recount`` alone, after explaining, to bring it up to date.
+was explained: the last column is written by hand, and says why no result can differ, or that it is only slower.
+mutation_scores.csv has a row for each run of a file; its score is over the faults that can be noticed, which are all
+that were tried but those ``explained``.  ``--recount``, after explaining, brings it up to date.
 """
 
 from __future__ import annotations
@@ -44,32 +44,51 @@ RESULTS = ROOT / "benchmarks" / "results"
 TREE = ["s3lab", "tests", "notebooks/profiles", "conftest.py", "pyproject.toml", ":(exclude)s3lab/models/text/weights"]
 SURVIVOR = "file", "function", "before", "after", "commit", "seed", "reason"
 SCORE = "file", "commit", "mutants", "tried", "seed", "noticed", "explained", "score_percent", "tests"
-SCORES = ["solvers/test_truths.py::test_scores_alone_pick_the_masks_of_their_papers", "solvers/test_ria.py"]
+REFUSALS, DEVICES, PRUNE = "solvers/test_bad_input.py", "solvers/test_devices.py", "solvers/test_prune.py"
+SCORES = [
+    "solvers/test_truths.py::test_scores_alone_pick_the_masks_of_their_papers",
+    "solvers/test_ria.py",
+    REFUSALS,
+    DEVICES,
+]
 SOBS = [
+    "solvers/test_fields.py",
     "solvers/test_sobs_stages.py",
     "solvers/test_truths.py::test_sobs_one_scope_at_a_time_is_the_textbooks",
     "solvers/test_truths.py::test_sobs_is_the_optimum_of_its_own_mask",
+    DEVICES,
 ]
-REFUSALS = "solvers/test_bad_input.py"
 TESTS = {
     "s3lab/algebra/partition.py": ["algebra/test_partition.py", "algebra/test_compose.py"],
     "s3lab/algebra/compose.py": ["algebra/test_compose.py", "algebra/test_text.py", "solvers/test_salient.py"],
     "s3lab/algebra/spec.py": ["algebra/test_partition.py", "algebra/test_text.py"],
     "s3lab/tensors/proximal.py": ["tensors/test_proximal.py"],
-    "s3lab/solvers/__init__.py": ["solvers/test_damping.py", "solvers/test_coupled.py", REFUSALS],
+    "s3lab/solvers/__init__.py": [
+        PRUNE,
+        REFUSALS,
+        DEVICES,
+        "solvers/test_wrap.py",
+        "solvers/test_damping.py",
+        "solvers/test_refine.py::test_coupled_tensors_are_refused",
+    ],
     "s3lab/solvers/admm.py": ["solvers/test_admm.py", "solvers/test_coupled.py", REFUSALS],
-    "s3lab/solvers/base.py": ["solvers/test_coupled.py", "solvers/test_salient.py", REFUSALS],
+    "s3lab/solvers/base.py": [
+        PRUNE,
+        REFUSALS,
+        "solvers/test_coupled.py",
+        "algebra/test_picture.py::test_a_solution_shows_the_corner_of_its_mask",
+    ],
     "s3lab/solvers/damping.py": ["solvers/test_damping.py"],
     "s3lab/solvers/elimination.py": SOBS,
     "s3lab/solvers/fields.py": SOBS,
     "s3lab/solvers/magnitude.py": SCORES,
     "s3lab/solvers/obd.py": SCORES,
-    "s3lab/solvers/refine.py": ["solvers/test_refine.py", REFUSALS],
+    "s3lab/solvers/refine.py": ["solvers/test_refine.py", REFUSALS, DEVICES],
     "s3lab/solvers/refit.py": [
+        "solvers/test_refit.py",
         "solvers/test_truths.py::test_refit_is_least_squares",
         "solvers/test_truths.py::test_each_row_of_a_refit_stops_by_its_own_size",
-        "solvers/test_best.py",
-        REFUSALS,
+        "solvers/test_best.py::test_a_fit_is_given_up_only_where_it_cannot_win",
     ],
     "s3lab/solvers/ria.py": SCORES,
     "s3lab/solvers/sobs.py": [*SOBS, REFUSALS],
@@ -220,7 +239,10 @@ def main() -> None:
         if not options.recount:
             note(*try_mutants(file, commit, options.sample, options.seed))
         if row := recount().get(file):
-            print("{file}: {score_percent} %, {noticed} of {tried} noticed, {explained} explained".format(**row), flush=True)
+            print(
+                "{file}: {score_percent} %, {noticed} of {tried} noticed, {explained} explained".format(**row),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

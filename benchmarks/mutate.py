@@ -7,8 +7,8 @@ mutmut makes the faults and runs the tests that reach them.  It leaves decorated
 among them; faults in nothing but the wording of a text, or in the strictness of a
 zip, are left out.  Of the others all are tried, or ``--sample`` of them, drawn with ``--seed``.
 
-benchmarks/results/mutation_survivors.csv has what nobody noticed in the last run of a file, and in earlier ones where it
-was explained: the last column is written by hand, and says why no result can differ, or that it is only slower.
+benchmarks/results/mutation_survivors.csv has what nobody noticed in the last run of a file, and of earlier ones what is
+explained: the last column is written by hand, and says why no result can differ, or that it is only slower.
 mutation_scores.csv has a row for each run of a file; its score is over the faults that can be noticed, which are all
 that were tried but those ``explained``.  ``--recount``, after explaining, brings it up to date.
 """

@@ -161,8 +161,20 @@ def test_specs_that_cannot_be(text, shape, message):
 def test_a_nested_view_reads_as_its_leaves_do():
     nested, flat = (s3.parse(text).bind((4, 16)) for text in ("(M,(K/4,4)):(K,(4,1)) / (1,1) / (1,4) keep 2", "2:4"))
     assert list(nested.layout.offsets()) == list(flat.layout.offsets())
-    with pytest.raises(s3.SpecError, match=r"the view's shape \(\) is no group"):
-        s3.View(("M", ("K", ())), ("K", (1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: s3.View(("M", ("K", ())), ("K", (1, 1))), "the view's shape"),
+        (lambda: s3.View(("M", "K"), ("K", ())), "the view's stride"),
+        (lambda: s3.Block((1, ())), "the block"),
+        (lambda: s3.Scope(((), 4), keep=2), "the scope"),
+    ],
+)
+def test_what_is_no_group_of_sizes_is_told_by_its_part(make, what):
+    with pytest.raises(s3.SpecError, match=rf"^{what} \(\) is no group of sizes"):
+        make()
 
 
 def test_a_budget_may_be_a_share_or_all_there_are():

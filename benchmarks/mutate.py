@@ -44,19 +44,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 TREE = ["s3lab", "tests", "notebooks/profiles", "conftest.py", "pyproject.toml", ":(exclude)s3lab/models/text/weights"]
 SURVIVOR = "file", "function", "before", "after", "commit", "seed", "reason"
 SCORE = "file", "commit", "mutants", "tried", "seed", "noticed", "explained", "score_percent", "tests"
-REFUSALS, DEVICES, PRUNE = "solvers/test_bad_input.py", "solvers/test_devices.py", "solvers/test_prune.py"
+REFUSALS, PRUNE = "solvers/test_bad_input.py", "solvers/test_prune.py"
 SCORES = [
     "solvers/test_truths.py::test_scores_alone_pick_the_masks_of_their_papers",
     "solvers/test_ria.py",
-    REFUSALS,
-    DEVICES,
+    f"{REFUSALS}::test_options_that_cannot_be",
 ]
 SOBS = [
     "solvers/test_fields.py",
     "solvers/test_sobs_stages.py",
-    "solvers/test_truths.py::test_sobs_one_scope_at_a_time_is_the_textbooks",
-    "solvers/test_truths.py::test_sobs_is_the_optimum_of_its_own_mask",
-    DEVICES,
+    *(
+        f"solvers/test_devices.py::test_solvers_make_their_tensors_where_the_weight_is[sobs-{n}]"
+        for n in ("2:4", "50%")
+    ),
 ]
 TESTS = {
     "s3lab/algebra/partition.py": ["algebra/test_partition.py", "algebra/test_compose.py"],
@@ -65,17 +65,18 @@ TESTS = {
     "s3lab/tensors/proximal.py": ["tensors/test_proximal.py"],
     "s3lab/solvers/__init__.py": [
         PRUNE,
-        REFUSALS,
-        DEVICES,
+        f"{REFUSALS}::test_what_is_given_in_vain_is_named",
+        f"{REFUSALS}::test_options_that_cannot_be",
         "solvers/test_wrap.py",
-        "solvers/test_damping.py",
+        "solvers/test_damping.py::test_a_solution_says_which_rungs_were_tried",
+        "solvers/test_damping.py::test_couplings_are_damped_together",
         "solvers/test_refine.py::test_coupled_tensors_are_refused",
     ],
     "s3lab/solvers/admm.py": ["solvers/test_admm.py", "solvers/test_coupled.py", REFUSALS],
     "s3lab/solvers/base.py": [
         PRUNE,
-        REFUSALS,
-        "solvers/test_coupled.py",
+        f"{REFUSALS}::test_a_weight_beyond_half_precision_is_told",
+        "solvers/test_coupled.py::test_a_follower_changes_nothing_for_its_leader",
         "algebra/test_picture.py::test_a_solution_shows_the_corner_of_its_mask",
     ],
     "s3lab/solvers/damping.py": ["solvers/test_damping.py"],
@@ -83,7 +84,19 @@ TESTS = {
     "s3lab/solvers/fields.py": SOBS,
     "s3lab/solvers/magnitude.py": SCORES,
     "s3lab/solvers/obd.py": SCORES,
-    "s3lab/solvers/refine.py": ["solvers/test_refine.py", REFUSALS, DEVICES],
+    "s3lab/solvers/refine.py": [
+        *(
+            f"solvers/test_refine.py::test_{name}"
+            for name in (
+                "the_gain_of_an_exchange_is_the_fall_of_the_loss",
+                "at_the_end_no_exchange_in_a_scope_helps",
+                "it_ends_where_nothing_gains_and_not_later_than_told",
+                "where_all_is_kept_nothing_changes",
+                "what_it_cannot_search_is_refused",
+            )
+        ),
+        "solvers/test_devices.py::test_so_does_local_search",
+    ],
     "s3lab/solvers/refit.py": [
         "solvers/test_refit.py",
         "solvers/test_truths.py::test_refit_is_least_squares",

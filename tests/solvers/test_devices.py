@@ -37,14 +37,17 @@ def test_solvers_make_their_tensors_where_the_weight_is(solver, text):
         ("50%", {"solver": s3.SOBS(rows=3, order="left")}),
         ("50%", {"solver": s3.SparseGPT(width=8)}),
         ("2:4", {"solver": "best"}),
-        ("2:4", {"solver": "magnitude", "refine": True}),
-        ("1:2@2x4", {"solver": "magnitude", "refine": True}),
         ("2:4", {"solver": s3.MatchVariance(s3.Wanda())}),
     ],
     ids=str,
 )
 def test_so_do_their_ways_of_cutting_and_of_going_on(text, options):
     same_wherever_the_default_is(*layer()[:1], text, layer()[1], **options)
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:2@2x4"])
+def test_so_does_local_search(text):
+    same_wherever_the_default_is(*layer()[:1], text, layer()[1], "magnitude", refine=True)
 
 
 @pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "sobs", "admm"])

@@ -189,6 +189,11 @@ def test_what_is_kept_each_way_needs_a_square():
             s3.Spec(s3.View(), s3.Block((1, 1)), s3.Scope(shape, keep=1, each_way=True)).bind((8, 8))
 
 
+def test_a_share_is_no_count_of_each_row_and_column():
+    with pytest.raises(s3.SpecError, match="keep 50% each way: give a count"):
+        s3.Scope((4, 4), keep=0.5, each_way=True)
+
+
 @pytest.mark.parametrize("extent", [0, -2])
 def test_no_block_is_smaller_than_one(extent):
     spec = s3.Spec(s3.View(), s3.Block((extent, 1)), s3.Scope((1, 4), keep=2))

@@ -80,6 +80,9 @@ def stages():
         yield text, s3.parse(text).bind((8, 48 if text != "coupled-2:4" else 32)).stage(torch.ones(1))
     for seed, (tall, wide) in enumerate([(1, 1), (2, 1), (1, 2), (3, 1), (2, 3)]):
         yield f"drawn {tall}x{wide}", draw_stage(seed, tall, wide)
+    numbers = torch.arange(10 * 20).view(10, 20)
+    apart = torch.cat([numbers[:4, :12].reshape(-1, 4, 1), numbers[4:, 12:].reshape(-1, 4, 1)])
+    yield "along a diagonal", Stage("apart", (10, 20), apart, torch.full((len(apart),), 2))
 
 
 STAGES = dict(stages())
@@ -115,6 +118,42 @@ def test_fields_hold_each_group_with_a_block_once_and_the_columns_it_needs(name)
         counts = [sum(bool(seen[j]) for j in order[start : start + 6].tolist()) for start in range(0, len(order), 6)]
         assert [stop - start for start, stop in field.windows] == counts
         assert field.single == all(len({b for b in row if b >= 0}) == 1 for row in field.blocks.tolist())
+
+
+def join(sets):
+    """The sets joined that share a member, however far apart, by the place of each set."""
+    home = list(range(len(sets)))
+    for i, one in enumerate(sets):
+        for j, other in enumerate(sets):
+            if one & other:
+                home = [home[i] if h == home[j] else h for h in home]
+    return home
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_field_holds_the_groups_of_one_size_that_columns_in_play_tie_together(name):
+    blocks, group, _, fields = fields_of(STAGES[name], 6)
+    numbers = [g for field in fields for g in field.groups.tolist()]
+    members = [(group == g).nonzero()[:, 0].tolist() for g in range(int(group.max()) + 1)]
+    tied = join([set((blocks[rows[0]] != -1).nonzero()[:, 0].tolist()) for rows in members])
+    kinds = {}
+    for g in numbers:
+        kinds.setdefault((tied[g], len(members[g])), []).append(g)
+    assert sorted(map(sorted, kinds.values())) == sorted(sorted(field.groups.tolist()) for field in fields)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_cut_keeps_what_is_chosen_of_every_part(name):
+    _, group, _, fields = fields_of(STAGES[name], 6)
+    chosen = torch.arange(int(group.max()) + 1) % 2 == 0
+    for field in make_batches(fields, STAGES[name].B, None, 0):
+        own, part = chosen[field.groups], field.cut(chosen)
+        assert part.groups.tolist() == [g for g in field.groups.tolist() if g % 2 == 0]
+        assert torch.equal(part.rows, field.rows[own]) and torch.equal(part.blocks, field.blocks[own])
+        assert part.taken is None if field.taken is None else torch.equal(part.taken, field.taken[own])
+        for batch, whole in zip(part.batches, field.batches, strict=True):
+            for some, all_of_it in ((batch.sets, whole.sets), (batch.units, whole.units)):
+                assert torch.equal(some, all_of_it if len(all_of_it) == 1 else all_of_it[own])
 
 
 def padded(sets):

@@ -89,6 +89,8 @@ def test_it_ends_where_nothing_gains_and_not_later_than_told(text):
     start = part.project(layer.W.abs())
     mask, _, told = s3.Refine(sweeps=1000)(problem, part, start)
     assert told["sweeps"] < 100
+    first, _, once = s3.Refine(sweeps=1)(problem, part, start)
+    assert once["exchanges"] == int((first ^ start).sum()) / (2 * part.E)
     again = s3.Refine(sweeps=1000)(problem, part, mask)
     assert torch.equal(again[0], mask) and again[2] == {"sweeps": again[2]["sweeps"], "exchanges": 0}
     search = _Search(problem, part, start)

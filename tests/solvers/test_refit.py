@@ -162,6 +162,13 @@ def test_a_fit_is_given_up_as_soon_as_its_bounds_say_so(monkeypatch, seed):
     assert s3.Refit()(problem, mask, below=undamped * 0.9995).residual <= 1e-12
 
 
+def test_without_damping_nothing_bounds_what_is_ahead_and_no_fit_is_given_up():
+    problem = problem_of(damp=0.0)
+    mask = mask_of(problem)
+    fit, tried = s3.Refit()(problem, mask), s3.Refit()(problem, mask, below=1e-6)
+    assert torch.equal(tried.weight, fit.weight) and tried.residual <= 1e-12
+
+
 def test_what_cannot_be_is_told():
     problem = problem_of()
     with pytest.raises(s3.SolveError, match=r"max_steps=0.*at least 1 and tolerance, if given, above 0"):

@@ -51,6 +51,7 @@ SCORES = [
     f"{REFUSALS}::test_options_that_cannot_be",
 ]
 SOBS = [
+    "solvers/test_elimination.py",
     "solvers/test_fields.py",
     "solvers/test_sobs_stages.py",
     *(

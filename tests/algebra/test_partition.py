@@ -189,6 +189,15 @@ def test_what_is_kept_each_way_needs_a_square():
             s3.Spec(s3.View(), s3.Block((1, 1)), s3.Scope(shape, keep=1, each_way=True)).bind((8, 8))
 
 
+@pytest.mark.parametrize("text", ["1:4 each way", "3:4 each way"])
+def test_what_is_kept_each_way_is_what_is_checked(text):
+    spec = s3.parse(text)
+    mask = spec.bind((4, 8)).project(torch.rand(4, 8, generator=torch.Generator().manual_seed(0)))
+    spec.check(mask)
+    with pytest.raises(s3.SpecError, match="in each row and column"):
+        spec.check(mask[[1, 0, 2, 3]] & mask)
+
+
 def test_a_share_is_no_count_of_each_row_and_column():
     with pytest.raises(s3.SpecError, match="keep 50% each way: give a count"):
         s3.Scope((4, 4), keep=0.5, each_way=True)

@@ -5,7 +5,6 @@ import torch
 
 import s3lab as s3
 from s3lab.algebra.stage import Stage
-from s3lab.solvers.elimination import list_columns
 from s3lab.solvers.fields import Choices, find_fields, find_groups, find_pieces, make_batches
 
 SPECS = [
@@ -35,15 +34,6 @@ def test_rows_and_columns_are_numbered_by_the_first_that_is_equal(text):
     assert torch.equal(blocks.long(), expected)
     assert group.tolist() == numbered(expected.tolist())
     assert find_pieces(stage).tolist() == numbered(expected.T.tolist())
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_columns_are_listed_in_order_and_padded(seed):
-    gone = torch.rand(5, 9, generator=torch.Generator().manual_seed(seed)) < 0.4
-    listed = [row.nonzero()[:, 0].tolist() for row in gone]
-    longest = max(map(len, listed))
-    assert list_columns(gone).tolist() == [row + [-1] * (longest - len(row)) for row in listed]
-    assert list_columns(torch.zeros(2, 3, dtype=torch.bool)).shape == (2, 0)
 
 
 def test_choices_are_all_subsets_of_the_sizes_in_a_fixed_order_or_none():

@@ -108,6 +108,7 @@ TESTS = {
     "s3lab/solvers/sobs.py": [*SOBS, REFUSALS],
     "s3lab/solvers/sparsegpt.py": [
         "solvers/test_sparsegpt_stages.py",
+        "solvers/test_devices.py::test_solvers_make_their_tensors_where_the_weight_is[sparsegpt-50%]",
         "solvers/test_truths.py::test_sparsegpt_on_one_scope_is_the_plain_derivation",
         REFUSALS,
     ],

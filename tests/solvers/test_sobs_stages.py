@@ -181,6 +181,15 @@ def test_chunks_of_rows_change_no_round(rows, kind):
         torch.testing.assert_close(whole[1], chunked[1], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("widths", [[3, 3, 2, 4, 9, 1, 1, 6, 1], [9, 9], [1] * 15, [7]], ids=str)
+def test_panels_are_as_wide_as_may_be_and_no_wider_but_for_one_batch(widths):
+    panels = sobs._join(widths, 7)
+    assert [t for start, stop in panels for t in range(start, stop)] == list(range(len(widths)))
+    for start, stop in panels:
+        assert sum(widths[start:stop]) <= 7 or stop == start + 1
+        assert stop == len(widths) or sum(widths[start : stop + 1]) > 7
+
+
 def test_a_round_in_which_nothing_goes_changes_nothing():
     problem = problem_of(0)
     stage = Stage("idle", (M, K), torch.arange(M * K).view(-1, 4, 1), torch.zeros(M * K // 4, dtype=torch.long))

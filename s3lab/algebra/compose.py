@@ -183,7 +183,7 @@ class Nested(Composed):
     def _survivors(self, kept: Tensor) -> Tensor:
         """The offsets (M', K') of the weights in the blocks kept, (S, B), laid side by side."""
         part = self.first
-        blocks = part.choose(kept.float()).float().sort(dim=1, descending=True, stable=True).indices[:, : part.keep]
+        blocks = part.choose(kept.float()).float().sort(dim=1, descending=True).indices[:, : part.keep]
         blocks = blocks.sort(dim=1).values
         offsets = part.stage(kept).offsets
         chosen = offsets.gather(1, blocks.unsqueeze(-1).expand(*blocks.shape, part.E))

@@ -277,5 +277,5 @@ def cut(layout: Layout, extents: tuple[int, ...], what: str, whose: str) -> tupl
 def _find_divisor(size: int, extent: int) -> int:
     """The largest divisor of a size up to an extent, as far as it is near enough to be found at once."""
     most = min(max(extent, 1), size)
-    near = range(most, max(0, most - _NEAR), -1)
+    near = range(most, most - _NEAR, -1)
     return next((n for n in near if size % n == 0), gcd(size, most))

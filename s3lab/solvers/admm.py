@@ -162,7 +162,8 @@ class _State:
 
     def _estimate_harmonic(self) -> float:
         """The harmonic mean of H's eigenvalues, by the trace of its inverse (Hutchinson, 1990)."""
-        signs = torch.randint(2, (len(self.H), _PROBES), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        random = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (len(self.H), _PROBES), generator=random, device="cpu") * 2 - 1
         scaled = self.unit[:, None] * signs.to(self.unit)
         return scaled.numel() / float((scaled * self.problem.divide(scaled)).sum())
 
@@ -182,7 +183,8 @@ class _State:
         pull = torch.sub(self.D, self.U).mul_(self.rho).add_(self.goal)
         half = solve_triangular(self.factor, pull.T, upper=False)  # cholesky_solve would copy the factor each time
         self.sum = solve_triangular(self.factor.mT, half, upper=True).T.add_(self.U)
-        held = (torch.rand(len(self.grip), generator=self.random) < self.grip).to(self.kept.device)[self.pieces]
+        held = torch.rand(len(self.grip), generator=self.random, device="cpu") < self.grip
+        held = held.to(self.kept.device)[self.pieces]
         return self.sum.square().mul_(1 + (_FIRM - 1) * (self.kept & held))
 
     def split(self, mask: Tensor) -> None:

@@ -147,7 +147,7 @@ def _number_rows(blocks: Tensor) -> Tensor:
     which costs time and changes no result.
     """
     M, K = blocks.shape
-    weights = torch.randint(1 << 62, (K,), generator=torch.Generator().manual_seed(0)).to(blocks.device)
+    weights = torch.randint(1 << 62, (K,), generator=torch.Generator().manual_seed(0), device="cpu").to(blocks.device)
     hashes = (blocks * weights).sum(1).unique(return_inverse=True)[1]
     rows = torch.arange(M, device=blocks.device)
     first = rows.new_full((M,), M).scatter_reduce_(0, hashes, rows, "amin")[hashes]

@@ -12,11 +12,11 @@ from s3lab.tensors.problem import Problem
 
 @dataclass(frozen=True)
 class OBD(ScoreSolver):
-    """Keep the blocks of the largest Σ ½ h_jj w_ij² with the diagonal of the damped H.  Cost: M·K.
+    """Keep the blocks of the largest Σ h_jj w_ij² with the diagonal of the damped H.  Cost: M·K.
 
-    Source: LeCun, Denker, Solla, *Optimal Brain Damage*, 1989, equation 5.  On single weights in scopes of one row
-    the order is Wanda's but for the damping; on larger blocks Wanda adds the roots.  W (M, K), H (K, K); raises
-    SolveError without an H.
+    Source: LeCun, Denker, Solla, *Optimal Brain Damage*, 1989, equation 5, where each score is half of that.  On single
+    weights in scopes of one row the order is Wanda's but for the damping; on larger blocks Wanda adds the roots.
+    W (M, K), H (K, K); raises SolveError without an H.
 
     >>> import torch
     >>> import s3lab as s3
@@ -26,4 +26,4 @@ class OBD(ScoreSolver):
     """
 
     def score(self, problem: Problem) -> Tensor:
-        return 0.5 * problem.weight**2 * problem.hessian.diagonal()
+        return problem.weight**2 * problem.hessian.diagonal()

@@ -39,6 +39,6 @@ class RIA(ScoreSolver):
 
     def score(self, problem: Problem) -> Tensor:
         size = problem.weight.abs()
-        columns = problem.processes.sum(size.sum(0, keepdim=True))
+        columns = problem.processes.sum(size.sum(0))
         share = size / size.sum(1, keepdim=True) + size / columns
-        return share.nan_to_num(0) * problem.power.sqrt() ** self.power
+        return share.nan_to_num() * problem.power.sqrt() ** self.power

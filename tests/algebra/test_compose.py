@@ -124,6 +124,25 @@ def test_check_tells_a_mask_of_the_pattern_from_others(text):
             spec.check(wrong)
 
 
+def test_check_names_the_first_scope_with_weights_in_too_many_blocks():
+    spec = s3.parse("2:4@4x1 then 1:2")
+    mask = spec.bind((4, 16)).project(SCORES[:4, :16])
+    mask[0, 8:12] = True
+    with pytest.raises(s3.SpecError, match="at scope 2 of 2:4@4x1: weights are kept in 4 of its blocks, not in 2"):
+        spec.check(mask)
+
+
+def test_check_names_the_first_scope_with_too_few_whole_blocks():
+    spec = s3.parse("2:4 plus 1:16")
+    mask = spec.bind((2, 16)).project(SCORES[:2, :16])
+    mask[0, 8:12] = False
+    with pytest.raises(
+        s3.SpecError,
+        match=r"breaks 2:4 plus 1:16 on \(2, 16\) at scope 2 of 2:4: it keeps 0 whole blocks of 4, fewer than 2",
+    ):
+        spec.check(mask)
+
+
 @pytest.mark.parametrize(
     "text",
     ["coupled-2:4 then 2:4", "(M,K/16,8,2):(K,16,1,8) / (1,1,1,2) / (1,1,4,1) keep 2 then 2:4"],

@@ -137,14 +137,19 @@ def test_check_counts_rows_and_columns_of_what_is_kept_each_way(square):
     ("text", "shape", "message"),
     [
         ("2:4", (4, 30), "scope of 2:4 takes 4 of the 30 blocks along mode 1.*remainder.*such as 3"),
+        ("1:10006", (1, 20014), "takes 10006 of the 20014 .*such as 2$"),
+        ("1:5", (1, 7), "such as 1$"),
+        ("1:16", (4, 8), "such as 8$"),
         ("1:2@16x16", (24, 32), "block of .* takes 16 of the 24 elements along mode 0.*such as 12"),
         ("5:4", (4, 8), "keep 5 is 5 of the 4 blocks.*between 1 and 4"),
         ("1%/row", (4, 8), "keep 1% is 0 of the 8 blocks"),
-        ("(M,K):(1,1) / (1,1) / (1,4) keep 2", (4, 8), "overlaps or leaves gaps"),
+        ("(M,K):(1,1) / (1,1) / (1,4) keep 2", (4, 8), "overlaps or leaves gaps.*0 to 31, each once"),
         ("(M,K):(2*K,2) / (1,1) / (1,4) keep 2", (4, 8), "overlaps or leaves gaps"),
         ("(M,K/2):(K,1) / (1,1) / (1,4) keep 2", (4, 8), "holds 16 elements.*of 32"),
-        ("(M,K):(K,1) / (1,1,1) / (1,4) keep 2", (4, 8), "3 modes"),
-        ("(M,K):(K,1) / (1,1) / (1,(2,2)) keep 2", (4, 8), "nested"),
+        ("(M,K):(K,1) / (1,1,1) / (1,4) keep 2", (4, 8), "the block .* has 3 modes"),
+        ("(M,K):(K,1) / (1,1) / (1,4,1) keep 2", (4, 8), "the scope .* has 3 modes"),
+        ("(M,K):(K,1) / (1,1) / (1,(2,2)) keep 2", (4, 8), "the scope .* is nested"),
+        ("(M,K):(K,1) / (1,(1,1)) / (1,4) keep 2", (4, 8), "the block .* is nested"),
         ("(M,K):(K,(1,1)) / (1,1) / (1,4) keep 2", (4, 8), "not nested alike"),
     ],
 )
@@ -156,8 +161,20 @@ def test_specs_that_cannot_be(text, shape, message):
 def test_a_nested_view_reads_as_its_leaves_do():
     nested, flat = (s3.parse(text).bind((4, 16)) for text in ("(M,(K/4,4)):(K,(4,1)) / (1,1) / (1,4) keep 2", "2:4"))
     assert list(nested.layout.offsets()) == list(flat.layout.offsets())
-    with pytest.raises(s3.SpecError, match=r"the view's shape \(\) is no group"):
-        s3.View(("M", ("K", ())), ("K", (1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: s3.View(("M", ("K", ())), ("K", (1, 1))), "the view's shape"),
+        (lambda: s3.View(("M", "K"), ("K", ())), "the view's stride"),
+        (lambda: s3.Block((1, ())), "the block"),
+        (lambda: s3.Scope(((), 4), keep=2), "the scope"),
+    ],
+)
+def test_what_is_no_group_of_sizes_is_told_by_its_part(make, what):
+    with pytest.raises(s3.SpecError, match=rf"^{what} \(\) is no group of sizes"):
+        make()
 
 
 def test_a_budget_may_be_a_share_or_all_there_are():
@@ -170,6 +187,40 @@ def test_what_is_kept_each_way_needs_a_square():
     for shape in ((2, 4), (4, 2), (1, 4)):
         with pytest.raises(s3.SpecError, match="needs a square"):
             s3.Spec(s3.View(), s3.Block((1, 1)), s3.Scope(shape, keep=1, each_way=True)).bind((8, 8))
+
+
+@pytest.mark.parametrize("text", ["1:4 each way", "3:4 each way"])
+def test_what_is_kept_each_way_is_what_is_checked(text):
+    spec = s3.parse(text)
+    mask = spec.bind((4, 8)).project(torch.rand(4, 8, generator=torch.Generator().manual_seed(0)))
+    spec.check(mask)
+    with pytest.raises(s3.SpecError, match="in each row and column"):
+        spec.check(mask[[1, 0, 2, 3]] & mask)
+
+
+def test_a_share_is_no_count_of_each_row_and_column():
+    with pytest.raises(s3.SpecError, match="keep 50% each way: give a count"):
+        s3.Scope((4, 4), keep=0.5, each_way=True)
+
+
+@pytest.mark.parametrize("extent", [0, -2])
+def test_no_block_is_smaller_than_one(extent):
+    spec = s3.Spec(s3.View(), s3.Block((extent, 1)), s3.Scope((1, 4), keep=2))
+    with pytest.raises(s3.SpecError, match=f"takes {extent} of the 4 elements along mode 0.*such as 1$"):
+        spec.bind((4, 8))
+
+
+def test_a_square_may_lie_along_any_two_modes_of_a_view():
+    part = s3.parse("(M,2,K/2):(K,K/2,1) / (1,1,1) / (4,1,4) keep 2 each way").bind((4, 16))
+    assert (part.B, part.keep, part.lines) == (16, 8, 2)
+    assert s3.parse("1:2 each way").bind((4, 4)).lines == 1
+    with pytest.raises(s3.SpecError, match=r"the scope .* has 2 by 4 blocks"):
+        s3.parse("(M,K):(K,1) / (1,1) / (2,4) keep 2 each way").bind((4, 16))
+
+
+def test_a_pattern_is_told_by_its_kind_and_its_text():
+    for text, kind in (("2:4", "Spec"), ("2:4 plus 1:16", "Plus"), ("4:8@8x1 then 2:4", "Then")):
+        assert repr(s3.parse(text)) == f"{kind}({text!r})"
 
 
 def test_infinite_scores_of_both_signs_are_scores():

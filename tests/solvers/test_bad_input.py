@@ -119,3 +119,22 @@ def test_variance_is_matched_of_one_matrix_by_rows_or_whole_after_a_solver():
         s3.MatchVariance(s3.Wanda(), per="column")
     with pytest.raises(s3.ShapeError, match="one matrix twice"):
         match_variance(W, W.T)
+
+
+def test_what_is_given_in_vain_is_named():
+    pair = "a: (1,1) | b: (1,1) keep 50%"
+    for arguments, told in (
+        (({"a": W}, pair, {"a": H, "c": H, "d": H}), "second moments of c, d, of which"),
+        (({"a": W}, pair, H), "second moments of no name, of which"),
+        (({}, pair), "no weights: give a tensor"),
+        ((W, "2:4", H, "obs"), "no solver is called 'obs': use one of magnitude, wanda"),
+        ((W, "2:4", H, 7), "no solver is called 7"),
+    ):
+        with pytest.raises(s3.SolveError, match=told):
+            s3.prune(*arguments)
+    with pytest.raises(s3.SolveError, match="refine = 3: True, False, or a Refine"):
+        s3.prune(W, "2:4", H, refine=3)
+    with pytest.raises(s3.SolveError, match=r"salient = 'sobs' .* use one of magnitude, wanda, ria, obd$"):
+        s3.prune(W, "2:4", H, salient="sobs")
+    with pytest.raises(s3.SolveError, match="effort is one of quick, balanced, thorough"):
+        s3.ADMM(effort="hasty")

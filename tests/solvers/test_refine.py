@@ -82,10 +82,36 @@ def test_it_lowers_the_error_of_every_start_and_says_how():
         assert better.stats["sweeps"] >= 1 and better.stats["exchanges"] >= 1 and "Refine" in better.solver
 
 
+@pytest.mark.parametrize("text", [*ALONE, *TIED])
+def test_it_ends_where_nothing_gains_and_not_later_than_told(text):
+    layer = generate_layer(16, 64, 512)
+    problem, part = s3.Problem(layer.W, layer.H), s3.parse(text).bind((16, 64))
+    start = part.project(layer.W.abs())
+    mask, _, told = s3.Refine(sweeps=1000)(problem, part, start)
+    assert told["sweeps"] < 100
+    first, _, once = s3.Refine(sweeps=1)(problem, part, start)
+    assert once["exchanges"] == int((first ^ start).sum()) / (2 * part.E)
+    again = s3.Refine(sweeps=1000)(problem, part, mask)
+    assert torch.equal(again[0], mask) and again[2] == {"sweeps": again[2]["sweeps"], "exchanges": 0}
+    search = _Search(problem, part, start)
+    for limit in (1, 2):
+        search.sweep()
+        found, _, stats = s3.Refine(sweeps=limit)(problem, part, start)
+        assert torch.equal(found, search.mask) and stats["sweeps"] == min(limit, told["sweeps"])
+        assert stats["exchanges"] == search.exchanges
+
+
+@pytest.mark.parametrize("text", ["1:1", "4:4"])
+def test_where_all_is_kept_nothing_changes(text):
+    W, H = small(0)
+    found = s3.prune(W, text, H, "magnitude", refine=True)
+    assert torch.equal(found.weight, W) and found.stats["exchanges"] == 0
+
+
 @pytest.mark.parametrize("text", ["2:4 each way", "2:4 plus 1:16", "50% rows then 2:4"])
 def test_what_it_cannot_search_is_refused(text):
     W, H = small(0, 16, 16)
-    with pytest.raises(s3.SolveError, match="local search"):
+    with pytest.raises(s3.SolveError, match=f"{text}: local search exchanges blocks"):
         s3.prune(W, text, H, "obd", refine=True)
 
 

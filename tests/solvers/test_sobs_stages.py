@@ -7,6 +7,7 @@ import torch
 
 import s3lab as s3
 from s3lab.algebra.stage import Stage
+from s3lab.solvers import sobs
 
 ONE_BY_ONE = s3.SOBS(batch=1, order="left")
 M, K = 4, 12
@@ -19,8 +20,11 @@ def problem_of(seed, M=M, K=K, damp=1e-2):
     return s3.Problem(torch.randn(M, K, generator=generator, dtype=torch.float64), X.T @ X / 60, damp=damp)
 
 
-def textbook(problem, stage):
-    """The blocks that stay, (S, B), scope by scope from the left, and the weights that are left."""
+def textbook(problem, stage, way="joint"):
+    """The blocks that stay, (S, B), scope by scope from the left, and the weights that are left.
+
+    Those that go are the cheapest together, or "one by one", or each of them the cheapest "alone".
+    """
     W, H, K = problem.weight.clone(), problem.hessian, problem.shape[1]
     rows = []
     for i in range(len(W)):
@@ -30,18 +34,24 @@ def textbook(problem, stage):
     kept = stage.present.clone()
     first = torch.where(stage.offsets < 0, K, stage.offsets % K).flatten(1).amin(1)
     for scope in first.argsort(stable=True).tolist():
-        there = stage.present[scope].nonzero()[:, 0].tolist()
-        best: tuple[float, tuple[int, ...], list] = (torch.inf, (), [])
-        for choice in combinations(there, int(stage.goes[scope])):
+        goes = int(stage.goes[scope])
+
+        def price(choice, scope=scope):
             places = stage.offsets[scope, list(choice)].flatten()
             places = places[places >= 0]
             parts = [(i, (places[places // K == i] % K).tolist()) for i in set((places // K).tolist())]
-            cost = sum(float(W[i, P] @ torch.linalg.solve(rows[i][P][:, P], W[i, P])) for i, P in parts)
-            if cost < best[0]:
-                best = cost, choice, parts
-        for i, P in best[2]:
-            rows[i] = remove(W[i], rows[i], P)
-        kept[scope, list(best[1])] = False
+            return sum(float(W[i, P] @ torch.linalg.solve(rows[i][P][:, P], W[i, P])) for i, P in parts), parts
+
+        for _ in range(goes if way == "one by one" else 1):
+            there = [(b,) for b in kept[scope].nonzero()[:, 0].tolist()]
+            if way == "alone":
+                choice = sum(sorted(there, key=lambda one: price(one)[0])[:goes], ())
+            else:
+                ways = there if way == "one by one" else combinations((b for (b,) in there), goes)
+                choice = min(ways, key=lambda some: price(some)[0])
+            for i, P in price(choice)[1]:
+                rows[i] = remove(W[i], rows[i], P)
+            kept[scope, list(choice)] = False
     return kept, W
 
 
@@ -52,15 +62,15 @@ def remove(w, C, P):
     return C - gain @ C[P]
 
 
-def agrees_with_the_textbook(problem, bound):
+def agrees_with_the_textbook(problem, bound, solver=ONE_BY_ONE, way="joint"):
     left = []
 
     def decide(stage):
-        kept, W = textbook(problem, stage)
+        kept, W = textbook(problem, stage, way)
         left.append(W)
         return kept
 
-    mask, weight, _ = ONE_BY_ONE.solve(problem, bound)
+    mask, weight, _ = solver.solve(problem, bound)
     expected = bound.resolve(decide, problem.weight**2 / problem.inverse.diagonal())
     assert torch.equal(mask, expected)
     torch.testing.assert_close(weight, left[-1], rtol=1e-7, atol=1e-9)
@@ -114,6 +124,29 @@ def test_programs_of_rounds(text, seed):
     agrees_with_the_textbook(problem_of(seed, K=24), s3.parse(text).bind((M, 24)))
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("text", "numbers"), [("2:4", 6 * 2 * 2), ("1:4", 4 * 3 * 3), ("2:4@1x2", 6 * 4 * 4)])
+def test_blocks_go_one_by_one_where_the_matrices_of_all_choices_are_too_many_numbers(monkeypatch, text, numbers, seed):
+    problem, bound = problem_of(seed, K=24), s3.parse(text).bind((M, 24))
+    for room, way in ((numbers, "joint"), (numbers - 1, "one by one")):
+        monkeypatch.setattr(sobs, "_ROOM", room)
+        agrees_with_the_textbook(problem, bound, s3.SOBS(batch=1, order="left", rounds=99), way)
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4@1x2", "1:2@2x2"])
+def test_blocks_are_taken_by_their_own_costs_where_asked(text):
+    solver = s3.SOBS(batch=1, order="left", scoring="independent")
+    agrees_with_the_textbook(problem_of(0, K=24), s3.parse(text).bind((M, 24)), solver, "alone")
+
+
+@pytest.mark.parametrize("panel", [2, 6])
+@pytest.mark.parametrize("kind", [{}, {"tall": 2}, {"wide": 3}], ids=str)
+def test_what_is_gone_from_the_start_may_go_in_any_number_of_parts(monkeypatch, kind, panel):
+    monkeypatch.setattr(sobs, "_PANEL", panel)
+    for seed in range(2):
+        agrees_with_the_textbook(problem_of(seed), ragged(seed, pruned=0.4, **kind))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_tensors_along_a_diagonal_are_pruned_as_if_alone(seed):
     """Two layers, one wider, in one weight: their blocks compete apart, and nothing of one reaches the other."""
@@ -138,13 +171,23 @@ def test_lines_are_kept_and_pay(text, solver):
     assert found.error < s3.Magnitude()(problem, s3.parse(text)).error
 
 
+@pytest.mark.parametrize("kind", [{}, {"tall": 2}], ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_chunks_of_rows_change_no_round(rows):
+def test_chunks_of_rows_change_no_round(rows, kind):
     for seed in range(3):
-        problem, stage = problem_of(seed), ragged(seed)
+        problem, stage = problem_of(seed), ragged(seed, **kind)
         whole, chunked = (s3.SOBS(rows=n).solve(problem, stage) for n in (None, rows))
         assert torch.equal(whole[0], chunked[0])
         torch.testing.assert_close(whole[1], chunked[1], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("widths", [[3, 3, 2, 4, 9, 1, 1, 6, 1], [9, 9], [1] * 15, [7]], ids=str)
+def test_panels_are_as_wide_as_may_be_and_no_wider_but_for_one_batch(widths):
+    panels = sobs._join(widths, 7)
+    assert [t for start, stop in panels for t in range(start, stop)] == list(range(len(widths)))
+    for start, stop in panels:
+        assert sum(widths[start:stop]) <= 7 or stop == start + 1
+        assert stop == len(widths) or sum(widths[start : stop + 1]) > 7
 
 
 def test_a_round_in_which_nothing_goes_changes_nothing():

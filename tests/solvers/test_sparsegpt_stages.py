@@ -8,7 +8,8 @@ import torch
 import s3lab as s3
 from s3lab.algebra.compose import Salient
 from s3lab.algebra.stage import Stage
-from s3lab.solvers import sparsegpt
+from s3lab.solvers import kernels, sparsegpt
+from s3lab.solvers.kernels import ref
 from s3lab.tensors.joint import join
 
 ROUNDS = {
@@ -17,6 +18,7 @@ ROUNDS = {
     "coupled-2:4": (2, 16),
     "(K,M):(1,K) / (1,1) / (1,4) keep 1": (4, 6),
     "(M,K/8,4,2):(K,8,1,4) / (1,1,1,2) / (1,1,2,1) keep 1": (3, 16),
+    "(M,K/8,4,2):(K,8,1,4) / (1,1,1,2) / (1,1,4,1) keep 2": (1, 16),
     "50% columns": (3, 6),
     "2:4 each way": (4, 12),
     "1:2 each way": (4, 6),
@@ -116,6 +118,23 @@ def test_every_program_of_rounds_is_the_methods(text, seed, width, monkeypatch):
     assert torch.equal(found.mask, mask)
     torch.testing.assert_close(found.weight, weight, rtol=1e-8, atol=1e-10)
     assert torch.equal(found.weight != 0, mask)
+
+
+@pytest.mark.parametrize(("text", "width"), [("2:4", 128), ("1:4", 8), ("1:2@1x2", 6)])
+def test_a_kernel_is_given_whole_windows_and_their_budget(text, width, monkeypatch):
+    """Where there is a GPU; here its plain twin stands in for it."""
+
+    def swept(V, U, gone, B, C, keep):
+        found = ref.sweep(V, U, B, C, keep)
+        V.copy_(found[0]), gone.copy_(found[1])
+
+    problem, spec = small(3, 24), s3.parse(text)
+    plain = s3.SparseGPT(width=width)(problem, spec)
+    monkeypatch.setattr(kernels, "takes_triton", lambda *_: True)
+    monkeypatch.setattr(kernels, "sweep_window", swept)
+    found = s3.SparseGPT(width=width)(problem, spec)
+    assert torch.equal(found.mask, plain.mask)
+    torch.testing.assert_close(found.weight, plain.weight, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -165,6 +165,7 @@ def test_the_diagonal_of_a_moment_is_a_metric_of_every_row():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_work_is_done_in_float32_at_least(dtype):
     bound, W, h = s3.parse("2:4@1x2").bind((4, 16)), draw_like((4, 16), 0).to(dtype), draw_like((4, 16), 1, torch.rand)
+    assert block_norms(W, bound).dtype == torch.float32
     found = soft_threshold(W, bound, 0.3, h)
     expected = soft_threshold(W.double(), bound, 0.3, h)
     assert found.dtype == dtype
@@ -204,6 +205,13 @@ def test_soft_steps_of_one_level_after_another_shrink_on():
     bound, W = s3.parse("2:4@1x2").bind((4, 16)), draw_like((4, 16), 0)
     once = soft_threshold(W, bound, 0.5)
     torch.testing.assert_close(soft_threshold(soft_threshold(W, bound, 0.2), bound, 0.3), once)
+
+
+def test_a_metric_is_given_for_each_tensor_of_a_coupling():
+    text = "down: (M,1) & up: (1,K) keep 50%"
+    W = draw_like(CASES[text], 0)
+    with pytest.raises(s3.ShapeError, match=r"h is given for \['down'\] where W is \['down', 'up'\]"):
+        soft_threshold(W, bind(text), 1.0, {"down": W["down"].square()})
 
 
 FAULTS = {

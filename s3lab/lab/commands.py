@@ -59,7 +59,8 @@ def prune(options: argparse.Namespace) -> int:
                 **shared,
             )
             print(found)
-            moments = (moments or Path(options.out) / "budget" / "moments") if options.hessians == "dense" else None
+            known = (options.hessians, options.hessian) == ("dense", "inputs")
+            moments = (moments or Path(options.out) / "budget" / "moments") if known else None
         run = prune_model(
             model,
             tokenizer,
@@ -69,6 +70,7 @@ def prune(options: argparse.Namespace) -> int:
             refine=options.refine,
             wrap=Wrap(block=options.wrap) if options.wrap else None,
             hessians=options.hessians,
+            hessian=options.hessian,
             moments=moments,
             out=Path(options.out) / "run",
             provenance={"model": options.model, "text": options.calibration},

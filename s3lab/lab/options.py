@@ -153,6 +153,12 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     )
     prune.add_argument("--hessians", choices=("pruned", "dense"), default="pruned", help="of which model's inputs")
     prune.add_argument(
+        "--hessian",
+        choices=("inputs", "loss"),
+        default="inputs",
+        help="loss: tokens and outputs count as much as the dense model's loss hangs on them (default: inputs)",
+    )
+    prune.add_argument(
         "--moments",
         type=path,
         metavar="FOLDER",

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from s3lab.errors import DataError, S3Error
 from s3lab.lab import cli
-from s3lab.models.prune.flow import Flow, cut_chunks
+from s3lab.models.prune.chunks import cut_chunks
+from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.sequential import prune_model
 from s3lab.models.structure.decoder import find_decoder
 from s3lab.tensors.processes import ProcessGroup, assemble

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from s3lab.errors import DataError, SpecError
-from s3lab.models.prune.flow import Flow, cut_chunks
+from s3lab.models.prune.chunks import cut_chunks
+from s3lab.models.prune.flow import Flow
 from s3lab.models.structure.capture import evaluating
 from s3lab.models.structure.decoder import Decoder, Matrix, Watch, find_course, find_decoder
 from s3lab.shapes import Float, Integer

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from s3lab.models.prune.rundir import RunDir, state_folder
 from s3lab.models.structure.decoder import Decoder, Matrix, Shapes, Watch, is_shape
 from s3lab.shapes import Integer
 from s3lab.tensors.processes import SOLO, ProcessGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STREAMS = ("dense", "pruned")
 See = Callable[[Matrix, Tensor, Chunk], None]
@@ -47,7 +50,7 @@ class Flow:
     processes.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     decoder: Decoder
     chunks: list[Chunk]
     device: torch.device

@@ -2,12 +2,14 @@
 
     python benchmarks/study_loss_hessian.py --seeds 0 1 2
     python benchmarks/study_loss_hessian.py --model smollm2 --patterns 2:4 --solvers sparsegpt --sequences 32 \
-        --length 512
+        --length 512 --windows 20
+    python benchmarks/study_loss_hessian.py --summary
 
 Adds the rows that results/loss_hessian.csv does not have yet, one by one, so that it can be stopped at any time: the
 held-out perplexity of each pruned model, and, of its matrices, the mean errors in per cent on held-out tokens in either
 metric, that of the inputs and that of the loss.  All prune by second moments of the dense model's inputs; the seed is
-that of the calibration text.
+that of the calibration text.  ``--summary`` writes loss_hessian_gain.csv: means over the seeds, and the change that
+the loss brings, in per cent, with its least and most of a seed.
 """
 
 from __future__ import annotations
@@ -52,6 +54,23 @@ def measure_errors(dense: torch.nn.Module, pruned: torch.nn.Module, moments: Pat
     return 100 * mean(errors)
 
 
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean perplexity and errors by either Hessian, and the change of the perplexity, over the seeds."""
+    keys = [key for key in KEYS if key not in ("seed", "hessian")]
+    table = rows[rows["pattern"] != "dense"].pivot(index=[*keys, "seed"], columns="hessian")
+    perplexities = table["perplexity"]
+    change = 100 * (perplexities["loss"] / perplexities["inputs"] - 1)
+    found = perplexities.groupby(keys, sort=False).mean()[[*METRICS]]
+    found["change_percent"] = change.groupby(keys).mean()
+    found["least_percent"], found["most_percent"] = change.groupby(keys).min(), change.groupby(keys).max()
+    for metric in METRICS:
+        errors = table[f"error_{metric}_percent"]
+        change = 100 * (errors["loss"] / errors["inputs"] - 1)
+        found[f"error_{metric}_change_percent"] = change.groupby(keys).mean()
+    found["seeds"] = change.groupby(keys).count()
+    return found.reset_index()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="reference")
@@ -62,9 +81,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
 
     rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
+    if args.summary:
+        gain = summarise(pd.DataFrame(rows))
+        write(args.out.with_name(f"{args.out.stem}_gain.csv"), gain.to_csv(index=False, float_format="%.6g").encode())
+        print(gain.round(2).to_string(index=False))
+        return
     done = {tuple(row[key] for key in KEYS) for row in rows}
     dense, tokenizer = load_model(args.model)
     test = corpus.tokens(tokenizer, "test", args.length, args.windows, 0)

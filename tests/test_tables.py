@@ -50,9 +50,15 @@ NAMES = {
     "WikiText-2": "wikitext_perplexity",
     "rise there": "wikitext_rise_percent",
     "bytes per weight": "bytes_per_weight",
+    "change": "change_percent",
+    "least": "least_percent",
+    "most": "most_percent",
+    "inputs' error": "error_inputs_change_percent",
+    "loss's error": "error_loss_change_percent",
 }
 PLAIN = (("correction", "none"), ("seed", "0"))
 PATTERNS = "benchmarks/results/compare_nm_patterns.csv"
+LOSS = "benchmarks/results/loss_hessian"
 REAL = "figures/smollm2/texts_smollm2.csv"
 # by the page and the heading that the table is under
 TABLES = {
@@ -74,6 +80,9 @@ TABLES = {
     ),
     ("docs/training.md", "What a step takes"): Source("benchmarks/results/time_training_step.csv", ("method",)),
     ("docs/packing.md", "A whole model, against rounding"): Source("figures/weigh_reference.csv", ("model",)),
+    ("docs/how-to/prune-my-model.md", "Weighted by the loss"): Source(
+        f"{LOSS}_gain.csv", ("pattern", "solver"), where=(("model", "reference"),)
+    ),
 }
 
 
@@ -166,6 +175,23 @@ def test_the_readme_says_how_far_seeds_are_apart(solver):
     seeds = plain(pattern="8:16", solver=solver, correction="none")
     assert len(seeds) == 5 and f"{seeds[0]:.2f} to {seeds[-1]:.2f}" in text
     assert f"{seeds[-1] - seeds[0]:.2f} with" in text
+
+
+def test_the_page_on_the_losss_hessian_says_what_its_study_found():
+    text = " ".join((ROOT / "docs" / "how-to" / "prune-my-model.md").read_text().split())
+    rows = [row for row in read(f"{LOSS}.csv") if row["model"] == "reference" and row["pattern"] != "dense"]
+    pairs: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        pairs.setdefault((row["seed"], row["pattern"], row["solver"]), {})[row["hessian"]] = float(row["perplexity"])
+    lower = sum(pair["loss"] < pair["inputs"] for pair in pairs.values())
+    assert f"it is lower in {lower} of the {len(pairs)} pairs" in text
+    gains = [row for row in read(f"{LOSS}_gain.csv") if row["model"] == "reference"]
+    assert all(float(row["change_percent"]) > 0 > float(row["error_loss_change_percent"]) for row in gains)
+    for row in gains:
+        own = [p for key, p in pairs.items() if key[1:] == (row["pattern"], row["solver"])]
+        assert len(own) == int(row["seeds"])
+        for hessian in ("inputs", "loss"):
+            assert float(row[hessian]) == pytest.approx(sum(p[hessian] for p in own) / len(own), rel=1e-5)
 
 
 def test_the_solver_card_of_admm_says_what_its_studies_found():

@@ -65,8 +65,8 @@ def prune(options: argparse.Namespace) -> int:
             )
             print(found)
             # a permutation is for the specs found, and the moments from before it are of inputs in another order
-            shares = options.hessians == "dense" and not options.permute
-            moments = (moments or Path(options.out) / "budget" / "moments") if shares else None
+            known = (options.hessians, options.hessian) == ("dense", "inputs") and not options.permute
+            moments = (moments or Path(options.out) / "budget" / "moments") if known else None
         if options.permute:
             told["permuted"] = permute_and_tell(model, tokenizer, specs, options.permute, **text)
         run = prune_model(
@@ -78,6 +78,7 @@ def prune(options: argparse.Namespace) -> int:
             refine=options.refine,
             wrap=Wrap(block=options.wrap) if options.wrap else None,
             hessians=options.hessians,
+            hessian=options.hessian,
             moments=moments,
             out=Path(options.out) / "run",
             provenance=told,

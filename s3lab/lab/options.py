@@ -161,6 +161,12 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
         "--permute", choices=tuple(SCORES), help="channels first, so that the specs keep most by this score"
     )
     prune.add_argument(
+        "--hessian",
+        choices=("inputs", "loss"),
+        default="inputs",
+        help="loss: tokens and outputs count as much as the dense model's loss hangs on them (default: inputs)",
+    )
+    prune.add_argument(
         "--moments",
         type=path,
         metavar="FOLDER",

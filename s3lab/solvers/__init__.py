@@ -75,6 +75,7 @@ def prune(
     solver: str | Solver = "best",
     *,
     H_test: Float[Tensor, "K K"] | None = None,
+    outputs: Float[Tensor, " M"] | None = None,
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
     refine: bool | Refine = False,
@@ -89,6 +90,7 @@ def prune(
     solver: str | Solver = "best",
     *,
     H_test: Mapping[str, Tensor] | None = None,
+    outputs: Mapping[str, Tensor] | None = None,
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
     refine: bool | Refine = False,
@@ -102,6 +104,7 @@ def prune(
     solver: str | Solver = "best",
     *,
     H_test: Tensor | Mapping[str, Tensor] | None = None,
+    outputs: Tensor | Mapping[str, Tensor] | None = None,
     damp: float | Literal["auto"] = 1e-2,
     refit: bool = False,
     refine: bool | Refine = False,
@@ -114,7 +117,10 @@ def prune(
     one of them, refitted, is ahead of it.
 
     W (M, K) in any real dtype, on any device, is not touched; H (K, K) is the second moment of its inputs, of
-    `hessian`, which only ``"magnitude"`` can do without; H_test, of other tokens, adds the held-out error.  ``damp``
+    `hessian`, which only ``"magnitude"`` can do without; H_test, of other tokens, adds the held-out error.  ``outputs``
+    (M,) says how much the squared error of each output counts, in what is least and in the errors: such as the mean
+    squares of the loss's gradients by the outputs, the diagonal of K-FAC's G (Martens and Grosse, 2015).  It matters
+    where rows compete: in scopes of several rows, and in couplings.  ``damp``
     is added to the diagonal, as a fraction of its mean; "auto" is the rung of `damping.LADDER` with the least held-out
     error.  ``refit`` fits the kept weights exactly afterwards; ``refine`` exchanges blocks as well, where that lowers
     the loss, with the options of a `Refine`.  ``salient`` names the score, such as "ria" or "wanda", that picks the
@@ -124,8 +130,9 @@ def prune(
     gets the same result, that of one process to rounding; patterns that tie all rows together, composed ones and
     couplings are solved by each in whole, and ``processes`` in the stats is 1.
 
-    Under a coupling, W, H and H_test are such tensors by name, the sum over the leaders is what is least, and the
-    result is a Solution by name; tensors that share their inputs are quickest with the same H.  Followers need no H.
+    Under a coupling, W, H, H_test and outputs are such tensors by name, the sum over the leaders is what is least, and
+    the result is a Solution by name; tensors that share their inputs are quickest with the same H.  Followers need no
+    H.
 
     Raises SpecError where the spec does not fit W, ShapeError for a W or H that is not finite or not of its shape,
     SolveError for an unknown solver or score, or a missing H.
@@ -136,7 +143,7 @@ def prune(
     [4, 4, 4, 4]
     """
     spec = spec if isinstance(spec, Pattern) else parse(spec)
-    pose = _read_layers(W, H, H_test)
+    pose = _read_layers(W, H, H_test, outputs)
     if not isinstance(refine, bool | Refine):
         raise SolveError(f"refine = {refine!r}: True, False, or a Refine with its options")
     method, processes, picker = make_solver(solver), find_processes(distributed), make_score(salient)
@@ -204,21 +211,27 @@ def wrap(
     return replace(found, error=output_error(found.dense, W, H), error_test=tested)
 
 
-def _read_layers(W: Any, H: Any, H_test: Any) -> Callable[[float], dict[str, Problem]]:
+def _read_layers(W: Any, H: Any, H_test: Any, outputs: Any) -> Callable[[float], dict[str, Problem]]:
     """Return what makes checked problems by name, at a damping, of the tensors that `prune` is given.
 
-    Raises SolveError for a second moment without a weight, and for no weight at all.
+    Raises SolveError for a second moment or outputs without a weight, and for no weight at all.
     """
-    weights, moments, tests = (dict(x if isinstance(x, Mapping) else {ALONE: x}) for x in (W, H, H_test))
-    given = [(name, H) for some in (moments, tests) for name, H in some.items() if H is not None]
-    if unknown := [name for name, _ in given if name not in weights]:
+    weights, *rest = (dict(x if isinstance(x, Mapping) else {ALONE: x}) for x in (W, H, H_test, outputs))
+    given = [name for some in rest for name, x in some.items() if x is not None]
+    if unknown := [name for name in given if name not in weights]:
         told = ", ".join(str(name) or "no name" for name in unknown)
-        raise SolveError(f"second moments of {told}, of which there is no weight: give both")
+        raise SolveError(f"second moments or outputs of {told}, of which there is no weight: give both")
     if not weights:
         raise SolveError("no weights: give a tensor (M, K), or several by name under a coupling")
 
     def pose(damp: float) -> dict[str, Problem]:
-        return measure({name: Problem(w, moments.get(name), tests.get(name), damp) for name, w in weights.items()})
+        moments, tests, counts = rest
+        return measure(
+            {
+                name: Problem(w, moments.get(name), tests.get(name), damp, counts.get(name))
+                for name, w in weights.items()
+            }
+        )
 
     return pose
 

@@ -104,11 +104,17 @@ def hessian(X: Float[Tensor, "... K"] | Iterable[Tensor]) -> Float[Tensor, "K K"
     return moment.value()
 
 
-def output_error(W_hat: Float[Tensor, "M K"], W: Float[Tensor, "M K"], H: Float[Tensor, "K K"]) -> float:
+def output_error(
+    W_hat: Float[Tensor, "M K"],
+    W: Float[Tensor, "M K"],
+    H: Float[Tensor, "K K"],
+    outputs: Float[Tensor, " M"] | None = None,
+) -> float:
     """Return the relative output error ‖X(Ŵ−W)ᵀ‖_F / ‖XWᵀ‖_F = √(tr ΔHΔᵀ / tr WHWᵀ), a share and not a percentage.
 
-    The papers' measure (arXiv 2604.11315, Table 1), in float64, with the H of `hessian`, undamped.  Raises
-    ShapeError where the shapes do not fit.  Cost: 4·M·K² operations.
+    The papers' measure (arXiv 2604.11315, Table 1), in float64, with the H of `hessian`, undamped; the squares of each
+    output count ``outputs`` (M,) times, if given.  Raises ShapeError where the shapes do not fit.  Cost: 4·M·K²
+    operations.
 
     >>> W = torch.tensor([[3.0, 4.0]])
     >>> output_error(torch.tensor([[0.0, 4.0]]), W, torch.eye(2))
@@ -122,5 +128,10 @@ def output_error(W_hat: Float[Tensor, "M K"], W: Float[Tensor, "M K"], H: Float[
     W, W_hat, H = (x.detach().double() for x in (W, W_hat, H))
     unit, H = -find_exponent(W), shift(H, -find_exponent(H))
     W, change = shift(W, unit), shift(W_hat, unit) - shift(W, unit)
+    if outputs is not None:
+        if outputs.shape != W.shape[:1]:
+            raise ShapeError(f"outputs {tuple(outputs.shape)} for W {tuple(W.shape)}: expected (M,)")
+        roots = outputs.detach().double().sqrt().unsqueeze(1)
+        W, change = W * roots, change * roots
     lost = float(((change @ H) * change).sum().clamp(min=0))
     return sqrt(lost / float(((W @ H) * W).sum())) if lost else 0.0

@@ -40,14 +40,17 @@ class Problem:
 
     ``damp`` is added to the diagonal as a fraction of its mean over live inputs.  If the factorisation still fails,
     it is raised tenfold, step by step, and ``damping`` says to what.  Inputs with a zero diagonal are dead: their
-    weights count as zero.  The work is done in float64 for a float64 weight and in float32 otherwise; factorisations
-    are in float64.  Where the rows are only some of a layer's, ``processes`` are the processes that hold all of them.
+    weights count as zero.  ``outputs`` (M,) says how much the squared error of each output counts, 1 if None: then rows
+    stand here times the roots of that, and are given back without them; a row that counts nothing keeps its values.
+    The work is done in float64 for a float64 weight and in float32 otherwise; factorisations are in float64.  Where the
+    rows are only some of a layer's, ``processes`` are the processes that hold all of them.
 
     ``units`` are what all but W, H and the errors is measured in: powers of two that keep squares within range, to the
     same bits whatever the scale of W and H (`measure`).  Weights below 2⁻⁷⁴ of the largest have squares of zero.
 
-    Raises ShapeError for a weight that is no finite real matrix, and for an H that is not finite, square, symmetric
-    and of the weight's K; SolveError if H is needed and missing, or no damping makes it positive definite.
+    Raises ShapeError for a weight that is no finite real matrix, for an H that is not finite, square, symmetric and of
+    the weight's K, and for outputs that are not M finite numbers from 0 on; SolveError if H is needed and
+    missing, or no damping makes it positive definite.
 
     >>> problem = Problem(torch.ones(1, 2), torch.tensor([[2.0, 0.0], [0.0, 0.0]]), damp=0.0)
     >>> problem.weight.tolist(), problem.inverse.diagonal().tolist()
@@ -58,6 +61,7 @@ class Problem:
     H: Float[Tensor, "K K"] | None = None
     H_test: Float[Tensor, "K K"] | None = None
     damp: float = 1e-2
+    outputs: Float[Tensor, " M"] | None = None
     processes: ProcessGroup = SOLO
     units: Units = PLAIN
 
@@ -72,6 +76,8 @@ class Problem:
         for name, H in (("H", self.H), ("H_test", self.H_test)):
             if H is not None:
                 _check_moment(name, H, self.W)
+        if self.outputs is not None:
+            _check_outputs(self.outputs, self.W)
         if not (isinstance(self.damp, int | float) and 0 <= self.damp < inf):
             raise SolveError(f"damp = {self.damp}: the damping is a fraction of the mean diagonal, at least 0")
 
@@ -94,8 +100,12 @@ class Problem:
 
     @cached_property
     def weight(self) -> Float[Tensor, "M K"]:
-        """The weight in the working dtype, contiguous, zero on dead inputs."""
-        return shift(self._live, -self.units.W).contiguous()
+        """The weight in the working dtype, contiguous, its rows as they count, zero on dead inputs."""
+        return shift(self.weigh(self._live), -self.units.W).to(self.dtype).contiguous()
+
+    def weigh(self, rows: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+        """Return rows times the roots of ``outputs``, in float64 where there are any."""
+        return rows if self.outputs is None else rows.double() * self._roots
 
     def restore(self, weight: Float[Tensor, "M K"], mask: Bool[Tensor, "M K"]) -> Float[Tensor, "M K"]:
         """Return a pruned weight out of the units, in the dtype of W, zero but for the ``mask``.
@@ -104,7 +114,10 @@ class Problem:
         """
         if bool(mask.all()):
             return self.W.detach().clone()
-        found = torch.where(weight == self.weight, self._live, shift(weight, self.units.W))
+        found = shift(weight, self.units.W)
+        if self.outputs is not None:
+            found = (found.double() / self._roots).to(self.dtype)
+        found = torch.where(weight == self.weight, self._live, found)
         return found.masked_fill(~mask, 0).to(self.W.dtype)
 
     @cached_property
@@ -156,19 +169,19 @@ class Problem:
         return self.damping * float(live.double().mean()) if len(live) else self.damping
 
     def loss(self, weight: Float[Tensor, "M K"], mask: Bool[Tensor, "M K"]) -> float:
-        """Return tr (Ŵ−W)H(Ŵ−W)ᵀ with H undamped, over the rows of all the group, of a weight in the working dtype as
-        it is once it is given back: rounded, and zero outside the mask."""
-        apart = shift(self.restore(weight, mask).double() - self.W.detach().double(), -self.units.W)
+        """Return tr (Ŵ−W)H(Ŵ−W)ᵀ with H undamped, over the rows of all the group as they count, of a weight in the
+        working dtype as it is once it is given back: rounded, and zero outside the mask."""
+        apart = self.weigh(shift(self.restore(weight, mask).double() - self.W.detach().double(), -self.units.W))
         moment = shift(self.moment.double(), -self.units.H)
         return float(self.processes.sum(((apart @ moment) * apart).sum()))
 
     def error(self, W_hat: Float[Tensor, "M K"]) -> float:
         """Return the relative output error on H, undamped."""
-        return output_error(W_hat, self.W, self.moment)
+        return output_error(W_hat, self.W, self.moment, self.outputs)
 
     def error_test(self, W_hat: Float[Tensor, "M K"]) -> float | None:
         """Return the relative output error on the held-out moment, None where there is none."""
-        return None if self.H_test is None else output_error(W_hat, self.W, self.H_test)
+        return None if self.H_test is None else output_error(W_hat, self.W, self.H_test, self.outputs)
 
     def damped_more(self) -> Problem:
         """Return this problem at ten times the damping; SolveError where it is beyond all reason."""
@@ -182,6 +195,12 @@ class Problem:
                 "this solver or measure needs the second moment H of the layer's inputs: pass s3lab.hessian(X)"
             )
         return self.H.detach()
+
+    @property
+    def _roots(self) -> Tensor:
+        """The roots of the outputs, (M, 1), float64."""
+        assert self.outputs is not None
+        return self.outputs.detach().double().sqrt().unsqueeze(1)
 
     @property
     def _live(self) -> Tensor:
@@ -220,7 +239,7 @@ def measure(problems: Mapping[str, Problem]) -> dict[str, Problem]:
     (True, True)
     """
     moments = [find_exponent(p.moment.diagonal()) for p in problems.values() if p.H is not None]
-    units = Units(max(find_exponent(problem.W) for problem in problems.values()), max(moments, default=0))
+    units = Units(max(find_exponent(p.weigh(p.W.detach())) for p in problems.values()), max(moments, default=0))
     return {name: replace(problem, units=units) for name, problem in problems.items()}
 
 
@@ -243,6 +262,17 @@ def _check_tensor(name: str, x: object) -> None:
         raise ShapeError(f"{name} is on the meta device and has no values: load the weights first")
     if x.dtype not in _DTYPES:
         raise ShapeError(f"{name} is of {x.dtype}: expected a real matrix of {', '.join(map(str, _DTYPES))}")
+
+
+def _check_outputs(outputs: Tensor, W: Tensor) -> None:
+    _check_tensor("outputs", outputs)
+    if outputs.shape != W.shape[:1] or outputs.device != W.device:
+        raise ShapeError(
+            f"outputs of shape {tuple(outputs.shape)} on {outputs.device} for a weight of M = {len(W)} outputs on "
+            f"{W.device}: expected a number for each"
+        )
+    if not outputs.isfinite().all() or bool((outputs < 0).any()):
+        raise ShapeError("outputs holds what is negative, NaN or Inf: it says how much each output counts, from 0 on")
 
 
 def _check_moment(name: str, H: Tensor, W: Tensor) -> None:

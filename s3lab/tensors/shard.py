@@ -61,7 +61,8 @@ def cut(problem: Problem, bound: object, processes: ProcessGroup) -> Share | Non
     shift = torch.arange(stop - start, device=rows.device).view(-1, 1, 1, 1) * (groups.shape[1] * K)
     moved = (places + shift).flatten(0, 1)
     goes = moved.new_full((len(moved),), bound.B - bound.keep)
-    own = replace(problem, W=problem.W[rows], processes=processes)
+    outputs = None if problem.outputs is None else problem.outputs[rows]
+    own = replace(problem, W=problem.W[rows], outputs=outputs, processes=processes)
     return Share(own, Stage(bound.text, own.shape, moved, goes, bound.lines), rows, groups.flatten())
 
 

@@ -75,6 +75,16 @@ def test_a_budget_and_the_run_share_moments_of_the_dense_model(tiny, tmp_path, m
     assert json.loads((out / "s3lab.json").read_text())["settings"]["moments"]
 
 
+def test_prune_asks_the_loss_where_that_is_wanted(tiny, tmp_path):
+    out = tmp_path / "out"
+    options = ["--solver", "obd", "--hessian", "loss", "--hessians", "dense", *SMALL, "--out", str(out)]
+    assert cli.main(["prune", str(tiny), "--budget", "1/2", "--family", "{n in 7..9}:16", *options]) == 0
+    record = json.loads((out / "s3lab.json").read_text())
+    assert record["settings"]["hessian"] == "loss" and not record["settings"]["moments"]
+    card = (out / "README.md").read_text()
+    assert "| Second moments | of the dense model, weighted by the dense model's loss |" in card
+
+
 def test_prune_picks_the_damping_of_each_matrix_where_that_is_asked(tiny, tmp_path):
     command = ["prune", str(tiny), "--spec", "2:4", "--damp", "auto", "--refine", *SMALL]
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0

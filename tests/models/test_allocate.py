@@ -10,7 +10,7 @@ import torch
 import s3lab as s3
 from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError, SpecError
-from s3lab.models.prune.flow import cut_chunks
+from s3lab.models.prune.chunks import cut_chunks
 from s3lab.models.search import evolve as evolution
 from s3lab.models.search.allocate import Allocation, read_target
 from s3lab.models.search.cost import count_bytes

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from s3lab.errors import DataError, S3Error
 from s3lab.lab import cli
-from s3lab.models.prune.flow import Flow, cut_chunks
+from s3lab.models.prune.chunks import cut_chunks
+from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.sequential import prune_model
 from s3lab.models.structure.decoder import find_decoder
 from s3lab.tensors.processes import ProcessGroup, assemble
@@ -26,6 +27,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 
 RUNS = {
     "admm": ("Qwen3", {"spec": "2:4", "solver": "admm"}),
     "mixed": ("Qwen3", {"spec": ["mlp-channels keep 50%", "50%/row"], "solver": "sobs", "hessians": "dense"}),
+    "loss": ("Qwen3", {"spec": "50%", "solver": "obd", "hessian": "loss"}),
     "experts": ("Qwen3Moe", {"spec": "2:4", "solver": "sparsegpt", "min_tokens": 40, "held_out": 0.0}),
 }
 

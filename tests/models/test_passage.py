@@ -7,7 +7,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s3lab
-from s3lab.models.prune.flow import Flow, cut_chunks, trace_calls
+from s3lab.models.prune.chunks import cut_chunks
+from s3lab.models.prune.flow import Flow, trace_calls
 from s3lab.models.prune.passage import Passage
 from s3lab.models.prune.sequential import prune_model
 from s3lab.models.structure.decoder import find_course, find_decoder

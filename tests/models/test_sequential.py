@@ -11,7 +11,7 @@ import torch
 
 import s3lab
 from s3lab.errors import DataError, SpecError
-from s3lab.models.prune.flow import cut_chunks
+from s3lab.models.prune.chunks import cut_chunks
 from s3lab.models.prune.sequential import prune_model
 from s3lab.models.storage.checkpoint import save_pruned
 from s3lab.models.structure.capture import capture_moments

@@ -42,6 +42,27 @@ def test_weights_and_moments_that_cannot_be(name, weight, moment, message):
         s3.prune(weight, "2:4", moment, name)
 
 
+COUNTS = torch.tensor([4.0, 0.25, 64.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (COUNTS[:3], r"outputs of shape \(3,\)"),
+        (COUNTS[:, None], r"outputs of shape \(4, 1\)"),
+        (-COUNTS, "negative, NaN or Inf"),
+        (COUNTS * torch.nan, "negative, NaN or Inf"),
+        (COUNTS.long(), "outputs is of torch.int64"),
+        ([1.0, 2.0, 3.0, 4.0], "outputs is a list"),
+    ],
+)
+def test_outputs_that_cannot_be(outputs, message):
+    with pytest.raises(s3.ShapeError, match=message):
+        s3.prune(W, "2:4", H, "magnitude", outputs=outputs)
+    with pytest.raises(s3.SolveError, match="outputs of b, of which there is no weight"):
+        s3.prune({"a": W}, "a: (1,1) keep 50%", {"a": H}, outputs={"b": outputs})
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_inputs_must_be_finite(bad):
     with pytest.raises(s3.ShapeError, match="X hold NaN or Inf"):

@@ -13,7 +13,8 @@ from s3lab.errors import DataError, SpecError
 from s3lab.models.basis.bench import Bench
 from s3lab.models.basis.channels import Channels, find_channels
 from s3lab.models.basis.order import Side, find_order, is_alike
-from s3lab.models.prune.flow import Flow, cut_chunks
+from s3lab.models.prune.chunks import Chunk, cut_chunks
+from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.jobs import Job, Specs, choose_jobs, read_tables
 from s3lab.models.prune.sequential import as_evaluated
 from s3lab.models.structure.decoder import Matrix, find_decoder
@@ -154,7 +155,7 @@ def _measure(flow: Flow, index: int) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
 
-    def see(matrix: Matrix, x: Tensor, held_out: bool) -> None:
+    def see(matrix: Matrix, x: Tensor, chunk: Chunk) -> None:
         if x.numel():
             x = x.flatten(0, -2)
             sums[matrix.name] = sums.get(matrix.name, 0) + x.double().square().sum(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from s3lab.models.basis.permute import By, permute
 from s3lab.models.basis.rotate import Kind, rotate
-from s3lab.models.prune.flow import cut_chunks
+from s3lab.models.prune.chunks import cut_chunks
 from s3lab.models.prune.jobs import Specs
 from s3lab.models.prune.source import find_sequences
 

@@ -13,7 +13,8 @@ from s3lab.models.basis.bench import Absorber, Bench, restored, rows_of
 from s3lab.models.basis.channels import Channels, find_channels
 from s3lab.models.basis.orthogonal import Reads, Terms, Writes, hadamard, learn
 from s3lab.models.basis.residual import Reading, Residual, find_all_matrices, find_norms, find_residual
-from s3lab.models.prune.flow import Flow, cut_chunks
+from s3lab.models.prune.chunks import cut_chunks
+from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.sequential import as_evaluated
 from s3lab.models.structure.decoder import Decoder, Matrix, find_decoder
 from s3lab.models.structure.structures import head_sizes

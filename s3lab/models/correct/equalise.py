@@ -10,7 +10,8 @@ from torch import Tensor
 
 from s3lab.errors import DataError, SpecError
 from s3lab.models.basis.bench import Absorber, Bench, find_absorbers, restored
-from s3lab.models.prune.flow import Flow, cut_chunks
+from s3lab.models.prune.chunks import Chunk, cut_chunks
+from s3lab.models.prune.flow import Flow
 from s3lab.models.structure.capture import evaluating
 from s3lab.models.structure.decoder import Decoder, Matrix, find_decoder
 from s3lab.shapes import Float, Integer
@@ -150,7 +151,7 @@ def _find_peaks(flow: Flow, index: int, readers: Sequence[Matrix]) -> list[Tenso
     """The largest size of each channel of what each matrix reads, None where no token came to it."""
     peaks: dict[str, Tensor] = {}
 
-    def see(matrix: Matrix, x: Tensor, held_out: bool) -> None:
+    def see(matrix: Matrix, x: Tensor, chunk: Chunk) -> None:
         if x.numel():
             peak = x.abs().flatten(0, -2).amax(0)
             peaks[matrix.name] = torch.maximum(peaks.get(matrix.name, peak), peak)

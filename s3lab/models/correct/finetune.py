@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from s3lab.errors import DataError, SolveError
 from s3lab.folder import claim
-from s3lab.models.prune.flow import Chunk, Flow, cut_chunks
+from s3lab.models.prune.chunks import Chunk, cut_chunks
+from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.rundir import RunDir, hash_tensors, layer_file
 from s3lab.models.structure.decoder import Decoder, find_decoder
 from s3lab.shapes import Integer

@@ -6,29 +6,26 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.utils._pytree import tree_any
 
-from s3lab.errors import DataError, ShapeError
+from s3lab.errors import DataError
+from s3lab.models.prune.chunks import Chunk
+from s3lab.models.prune.fisher import Fisher, measure_fisher
 from s3lab.models.prune.rundir import RunDir, state_folder
 from s3lab.models.structure.decoder import Decoder, Matrix, Shapes, Watch, is_shape
 from s3lab.shapes import Integer
 from s3lab.tensors.processes import SOLO, ProcessGroup
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 STREAMS = ("dense", "pruned")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Sequences that pass a layer together, all of the calibration or all held out."""
-
-    number: int
-    ids: Tensor
-    held_out: bool
+See = Callable[[Matrix, Tensor, Chunk], None]
 
 
 @dataclass(frozen=True)
@@ -43,43 +40,24 @@ class Reached(Exception):
     """A forward pass has come as far as it is needed."""
 
 
-def cut_chunks(ids: Integer[Tensor, "N L"], held_out: float, batch: int, seed: int) -> list[Chunk]:
-    """Return the sequences in chunks of at most ``batch``, a seeded share ``held_out`` of them apart, at least one.
-
-    Raises ShapeError for what is no table of tokens, DataError where one of the two parts would be empty.
-
-    >>> [(len(chunk.ids), chunk.held_out) for chunk in cut_chunks(torch.ones(10, 4).long(), 0.2, batch=5, seed=0)]
-    [(5, False), (3, False), (2, True)]
-    """
-    if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
-        raise ShapeError(f"calibration {tuple(ids.shape)}, {ids.dtype}: expected sequences of tokens, int64 (N, L)")
-    if not 0 <= held_out < 1 or batch < 1:
-        raise DataError(f"held_out = {held_out} and batch = {batch}: a share from 0 below 1, and at least 1 sequence")
-    aside = max(1, round(held_out * len(ids))) if held_out else 0
-    if aside >= len(ids):
-        raise DataError(
-            f"{len(ids)} calibration sequences leave none when {aside} are held out: give more, or held_out=0"
-        )
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-    parts = [(part, False) for part in order[aside:].split(batch)]
-    parts += [(part, True) for part in order[:aside].split(batch) if aside]
-    return [Chunk(number, ids[part.sort().values], held) for number, (part, held) in enumerate(parts)]
-
-
 @dataclass
 class Flow:
     """Hidden states between decoder layers in two streams: of the dense model, and of the model as pruned so far.
 
     They rest on the CPU, or in the files of ``rundir``; one chunk at a time is on ``device``.  Of the ``chunks`` each
-    process of a group sends its ``own`` on their way.  Raises DataError where there are fewer chunks than processes.
+    process of a group sends its ``own`` on their way.  Where tokens are ``weighted`` by the loss, ``fisher`` has by how
+    much: of the model as it is now, which must still be dense.  Raises DataError where there are fewer chunks than
+    processes.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     decoder: Decoder
     chunks: list[Chunk]
     device: torch.device
     rundir: RunDir | None = None
     processes: ProcessGroup = SOLO
+    weighted: bool = False
+    fisher: Fisher | None = field(init=False, default=None)
     _calls: dict[int, list[Call]] = field(default_factory=dict)
     _resting: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
@@ -92,6 +70,8 @@ class Flow:
         for ids in (self.chunks[0].ids[:1], *(chunk.ids for chunk in self.chunks)):
             if len(ids) not in self._calls:
                 self._calls[len(ids)] = trace_calls(self.model, self.decoder, ids)
+        if self.weighted:
+            self.fisher = measure_fisher(self.model, self.decoder, self.own, self.processes)
 
     @property
     def own(self) -> list[Chunk]:
@@ -152,26 +132,26 @@ class Flow:
         index: int,
         stream: str,
         matrices: Mapping[str, Matrix],
-        see: Callable[[Matrix, Tensor, bool], None],
+        see: See,
         calls: int | None = None,
     ) -> None:
-        """Tell ``see(matrix, input, held_out)`` of every product of a stream with the matrices of layer ``index``.
+        """Tell ``see(matrix, input, chunk)`` of every product of a stream with the matrices of layer ``index``.
 
         A forward pass ends after ``calls`` such products, where that is given.
         """
         for chunk in self.own:
-            with Watch(matrices, _count(see, chunk.held_out, calls)), suppress(Reached):
+            with Watch(matrices, _count(see, chunk, calls)), suppress(Reached):
                 self.run(index, chunk, self.get(index, stream, chunk))
 
     def advance_dense(
         self,
         index: int,
         matrices: Mapping[str, Matrix] | None = None,
-        see: Callable[[Matrix, Tensor, bool], None] | None = None,
+        see: See | None = None,
     ) -> None:
         """Send the dense stream through layer ``index``, which must still be dense; ``see`` is as in `watch`."""
         for chunk in self.own:
-            with Watch(matrices or {}, _count(see, chunk.held_out)) if see else nullcontext():
+            with Watch(matrices or {}, _count(see, chunk)) if see else nullcontext():
                 self.put(index + 1, "dense", chunk, self.run(index, chunk, self.get(index, "dense", chunk)))
 
     def drop(self, index: int) -> None:
@@ -223,16 +203,14 @@ class Shelf:
             (self.flow.rundir.path / _place(self.index, name, self.chunk)).unlink()
 
 
-def _count(
-    see: Callable[[Matrix, Tensor, bool], None], held_out: bool, calls: int | None = None
-) -> Callable[[Matrix, Tensor, Tensor], None]:
+def _count(see: See, chunk: Chunk, calls: int | None = None) -> Callable[[Matrix, Tensor, Tensor], None]:
     """A function that hands on what a Watch tells and ends the forward pass at the last of ``calls``."""
     met = 0
 
     def tell(matrix: Matrix, x: Tensor, out: Tensor) -> None:
         nonlocal met
         met += 1
-        see(matrix, x, held_out)
+        see(matrix, x, chunk)
         if met == calls:
             raise Reached
 

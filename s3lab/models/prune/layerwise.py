@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from s3lab.errors import S3Error, SolveError
+from s3lab.models.prune.chunks import Chunk
 from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.jobs import Job
 from s3lab.models.prune.passage import Passage
@@ -38,14 +39,20 @@ class Recipe:
     salient: ScoreSolver | None = None
     wrap: Wrap | None = None
     hessians: str = "pruned"
+    hessian: str = "inputs"
     scarce: float | None = None
     min_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.hessians not in ("pruned", "dense"):
             raise SolveError(f"hessians = {self.hessians!r}: take those of the 'pruned' or of the 'dense' model")
-        if self.wrap and (self.damp == "auto" or self.refit or self.refine or self.salient):
-            raise SolveError("a wrapped core has one damping, and no refit, refine or salient score: leave those off")
+        if self.hessian not in ("inputs", "loss"):
+            raise SolveError(f"hessian = {self.hessian!r}: take that of the 'inputs' alone, or weighted by the 'loss'")
+        if self.wrap and (self.damp == "auto" or self.refit or self.refine or self.salient or self.hessian == "loss"):
+            raise SolveError(
+                "a wrapped core has one damping, the inputs' Hessian, and no refit, refine or salient score: leave "
+                "those off"
+            )
 
     @property
     def total(self) -> int:
@@ -109,12 +116,16 @@ def prune_measured(
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of an input: its second moments, its tokens, and whether these are all there are."""
+    """What is known of an input: its second moments, its tokens, and whether these are all there are.
+
+    ``outputs`` says how much each output of the matrix that takes it counts, where the loss has been asked.
+    """
 
     H: Tensor | None
     H_test: Tensor | None
     tokens: int
     all_tokens: bool
+    outputs: Tensor | None = None
 
 
 class _Pruner:
@@ -166,28 +177,42 @@ class _Moments:
         self.leaders = {group[0].name: group[0] for stage in stages for group in stage.groups}
         self._moments = {name: (Moment(), Moment()) for name in self.leaders}
 
-    def see(self, matrix: Matrix, x: Tensor, held_out: bool) -> None:
-        """Add inputs of a group, told by the first of its matrices."""
+    def see(self, matrix: Matrix, x: Tensor, chunk: Chunk) -> None:
+        """Add inputs of a group, told by the first of its matrices, each as much as the loss hangs on its token."""
         with _naming(matrix.name):
-            self._moments[matrix.name][held_out].add(x)
+            fisher = self.flow.fisher
+            self._moments[matrix.name][chunk.held_out].add(fisher.weigh(matrix, x, chunk) if fisher else x)
 
     def pool(self) -> list[Measured]:
         """Return what all processes together know of each group's input."""
-        found = []
-        for moments in self._moments.values():
+        found, fisher = [], self.flow.fisher
+        for name, moments in self._moments.items():
             for moment in moments:
                 moment.pool(self.flow.processes, self.flow.device)
             H, H_test = (moment.value() if moment.tokens else None for moment in moments)
-            found.append(Measured(H, H_test, moments[0].tokens, moments[0].tokens >= self.flow.tokens))
+            tokens, outputs = moments[0].tokens, None
+            if fisher and tokens:
+                outputs = fisher.outputs[name].to(self.flow.device)
+            found.append(Measured(H, H_test, tokens, tokens >= self.flow.tokens, outputs))
         return found
 
 
 def _find_course(flow: Flow, index: int) -> Course:
-    """The way through a layer, as the first sequence takes it."""
+    """The way through a layer, as the first sequence takes it.
+
+    Where each matrix weighs the tokens of its input in its own way, none shares it.
+    """
     chunk, hidden = flow.sample(index)
     hidden = hidden.requires_grad_()
     # a layer may write into what it is given, which a leaf forbids
-    return find_course(flow.decoder.matrices[index], lambda: flow.run(index, chunk, hidden.clone()), chunk.ids.numel())
+    course = find_course(
+        flow.decoder.matrices[index], lambda: flow.run(index, chunk, hidden.clone()), chunk.ids.numel()
+    )
+    if not flow.fisher:
+        return course
+    alone = [tuple((matrix,) for group in stage.groups for matrix in group) for stage in course.stages]
+    stages = (Stage(groups, stage.once) for groups, stage in zip(alone, course.stages, strict=True))
+    return Course(tuple(stages), course.sources)
 
 
 def _find_due(course: Course, jobs: Sequence[Job]) -> dict[str, int]:
@@ -254,6 +279,7 @@ def _prune_together(
     else:
         moments = {name: shared.H for name, shared in inputs.items() if shared.H is not None}
         tests = {name: shared.H_test for name, shared in inputs.items() if shared.H_test is not None}
+        outputs = {name: shared.outputs for name, shared in inputs.items() if shared.outputs is not None}
         options: dict[str, Any] = {"refit": recipe.refit, "refine": recipe.refine, "salient": recipe.salient}
         found: Mapping[str, Solution | Wrapped]
         if recipe.wrap and damp != "auto":
@@ -264,7 +290,17 @@ def _prune_together(
             }
             notes[name] = f"a core wrapped by blocks of {recipe.wrap.block}, stored as their product"
         else:
-            found = prune(W, job.spec, moments, solver, H_test=tests, damp=damp, distributed=processes, **options)
+            found = prune(
+                W,
+                job.spec,
+                moments,
+                solver,
+                H_test=tests,
+                outputs=outputs,
+                damp=damp,
+                distributed=processes,
+                **options,
+            )
         figures = {name: _measure(solution, W[name], solver) for name, solution in found.items()}
         # the time is that of all together, told once
         figures |= {name: {**figures[name], "time_s": 0.0} for name in W if name != next(iter(inputs))}

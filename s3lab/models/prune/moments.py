@@ -13,7 +13,7 @@ from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.layerwise import Measured, measure_layer
 
 _MANIFEST = "moments.json"
-_PARTS = ("H", "H_test")
+_PARTS = ("H", "H_test", "outputs")
 
 
 def keep_moments(path: str | Path, settings: Mapping[str, Any], begin: Callable[[], Flow]) -> list[Path]:
@@ -24,7 +24,8 @@ def keep_moments(path: str | Path, settings: Mapping[str, Any], begin: Callable[
     """
     folder, known = Path(path), json.loads(json.dumps(dict(settings)))
     found = _read_manifest(folder)
-    if differing := [key for key in known if found and known[key] != found["settings"].get(key)]:
+    theirs = found.get("settings", known)
+    if differing := [key for key in {**known, **theirs} if known.get(key) != theirs.get(key)]:
         raise DataError(
             f"the moments in {str(folder)!r} are of other settings ({', '.join(differing)}): give another folder"
         )

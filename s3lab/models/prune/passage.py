@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s3lab.models.prune.flow import Chunk, Flow, Reached, Shelf
+from s3lab.models.prune.chunks import Chunk
+from s3lab.models.prune.flow import Flow, Reached, See, Shelf
 from s3lab.models.structure.decoder import OUTPUT, Course, Matrix, Shapes, Stage
 
-See = Callable[[Matrix, Tensor, bool], None]
 _GIVEN = ""  # the input of a product, as the layer computes it
 
 
@@ -50,7 +50,7 @@ class Passage:
             self.steps = []
 
     def watch(self, number: int, see: See) -> None:
-        """Tell ``see(matrix, input, held_out)`` of every input of a stage, by the first matrix of each group."""
+        """Tell ``see(matrix, input, chunk)`` of every input of a stage, by the first matrix of each group."""
         stage = self.stages[number]
         if not self.steps:
             leaders = {group[0].name: group[0] for group in stage.groups}
@@ -74,7 +74,7 @@ class Passage:
         chunk: Chunk,
         hidden: Tensor,
         shelf: Shelf | dict[str, Tensor],
-        see: See = lambda matrix, x, held_out: None,
+        see: See = lambda matrix, x, chunk: None,
     ) -> Tensor:
         """Pass a layer and return its output; Reached, where the step ends before it."""
         missing = {group[0].name for group in step.stage.groups}
@@ -82,7 +82,7 @@ class Passage:
         def take(matrix: Matrix, x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
             if matrix.name in missing:
                 missing.remove(matrix.name)
-                see(matrix, x, chunk.held_out)
+                see(matrix, x, chunk)
                 if (name := f"input of {matrix.name}") in step.kept:
                     shelf[name] = x
                 if not missing:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from s3lab.errors import DataError, SolveError
 from s3lab.folder import claim
 from s3lab.markup import table
-from s3lab.models.prune.flow import Chunk, Flow, cut_chunks
+from s3lab.models.prune.chunks import Chunk, cut_chunks
+from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.jobs import Specs, choose, choose_jobs, read_tables, write_tables
 from s3lab.models.prune.layerwise import Recipe, prune_layer, prune_measured
 from s3lab.models.prune.moments import keep_moments, read_moments
@@ -89,6 +90,7 @@ def prune_model(
     wrap: Wrap | None = None,
     held_out: float = 0.1,
     hessians: str = "pruned",
+    hessian: str = "inputs",
     moments: str | Path | None = None,
     batch: int = 8,
     scarce: float | None = None,
@@ -107,7 +109,9 @@ def prune_model(
     Within a layer the matrices are pruned in the order in which their inputs become available, each on second
     moments of its inputs in the model as pruned so far; ``hessians="dense"`` takes those of the dense model, and from
     the folder ``moments``, if it is given: made there by the first run, they spare all others with the same model and
-    calibration every forward pass, and how far the layers' outputs are apart is then not measured.
+    calibration every forward pass, and how far the layers' outputs are apart is then not measured.  With
+    ``hessian="loss"`` tokens and outputs of a matrix count as much as the dense model's loss hangs on them: H ⊗ diag G,
+    as `measure_fisher` has it, in what is least and in the errors of the rows; made anew when a run goes on.
     ``calibration`` is a source of text as `corpus.tokens` takes it, of which ``sequences`` of ``length`` tokens are
     drawn with ``seed``, or ready sequences (N, L) int64, which need no tokenizer; a share ``held_out`` of them enters
     no second moment and gives the held-out errors, by which ``damp="auto"`` picks the damping of each matrix.
@@ -140,7 +144,8 @@ def prune_model(
     chain of layers, too few sequences, a run directory of other settings, of other files or that another process holds,
     and processes that were not given the same, SolveError where a solver cannot go on.
     Cost: two forward passes of each layer over all sequences, of the dense and of the pruned model, the second moments,
-    and the solver.
+    and the solver; with the loss, a forward and a backward pass of the whole model on its own device, one sequence at
+    a time, and second moments for each matrix, where otherwise those that share an input share one.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
     >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -164,6 +169,7 @@ def prune_model(
         "salient": make_score(salient),
         "wrap": wrap,
         "hessians": hessians,
+        "hessian": hessian,
         "scarce": scarce,
         "min_tokens": min_tokens,
     }
@@ -172,7 +178,7 @@ def prune_model(
         raise SolveError("a core is wrapped by one process: leave distributed off")
     ids = find_sequences(tokenizer, calibration, sequences, length, seed)
     recipe = Recipe(choose_jobs(decoder, model.config, tables), choose(decoder, solvers), **options)
-    chunks = cut_chunks(ids, held_out, batch, seed)
+    chunks, weighted = cut_chunks(ids, held_out, batch, seed), hessian == "loss"
     source = describe_source(model, ids, held_out, batch, seed)
     settings = {
         **source,
@@ -201,7 +207,11 @@ def prune_model(
         done = sum(len(record["matrices"]) for record in rundir.layers) if rundir else 0
         files: Sequence[Path] = ()
         if moments is not None:
-            files = keep_moments(moments, source, lambda: Flow(model, decoder, chunks, place, processes=processes))
+            files = keep_moments(
+                moments,
+                {**source, **({"hessian": hessian} if weighted else {})},
+                lambda: Flow(model, decoder, chunks, place, processes=processes, weighted=weighted),
+            )
         with _report(processes.rank == 0 and progress, recipe.total, done) as report:
             records = _walk(model, decoder, chunks, recipe, place, rundir, processes, measure, every, report, files)
     return Run(
@@ -234,13 +244,15 @@ def _walk(
     finished, count = len(records), len(decoder.layers)
     # without an intact state, the finished layers are walked through again, which gives it bit by bit
     start = finished if finished == count or measured else rundir.usable_state() if rundir else 0
+    flow = None
+    if not measured and finished < count:  # begun while the model is dense
+        flow = Flow(model, decoder, chunks, place, rundir, processes, recipe.hessian == "loss")
     if rundir:
         for index in range(start):
             _restore(rundir, decoder, index)
         if finished == count:
             rundir.close()
             return records
-    flow = None if measured else Flow(model, decoder, chunks, place, rundir, processes)
     if flow and start == 0:
         flow.embed()
     solved = sum(len(record["matrices"]) for record in records)

@@ -19,7 +19,8 @@ from s3lab.errors import SpecError
 from s3lab.files import write
 from s3lab.folder import claim
 from s3lab.markup import table
-from s3lab.models.prune.flow import Flow, cut_chunks
+from s3lab.models.prune.chunks import cut_chunks
+from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.moments import keep_moments
 from s3lab.models.prune.sequential import as_evaluated
 from s3lab.models.prune.source import describe_source, find_sequences

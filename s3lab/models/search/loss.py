@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from s3lab.models.prune.fisher import requiring
 from s3lab.models.prune.moments import read_moments
 from s3lab.models.search.ladder import Ladder
+from s3lab.models.text.reference import next_token_loss
 from s3lab.shapes import Integer
 
 if TYPE_CHECKING:
@@ -54,23 +55,15 @@ def measure_gradients(
     """Return Σ ‖∂L/∂W‖² over windows of each matrix by name, L the sum of a window's losses; the model stays as is."""
     matrices = {m.name: m for ladder in ladders for m in ladder.matrices.values()}
     parameters = {id(p): p for m in matrices.values() for p in [getattr(m.module, m.parameter)]}
-    wanted = {id(p): p.requires_grad for p in model.parameters()}
     squares = dict.fromkeys(matrices, 0.0)
-    for p in model.parameters():
-        p.requires_grad_(id(p) in parameters)
-    try:
-        with torch.enable_grad():
-            for row in windows.to(next(model.parameters()).device).split(1):
-                logits = model(input_ids=row, use_cache=False).logits[:, :-1]
-                loss = cross_entropy(logits.flatten(0, 1).float(), row[:, 1:].flatten(), reduction="sum")
-                grads = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
-                by_id = dict(zip(parameters, grads, strict=True))
-                for name, matrix in matrices.items():
-                    grad = by_id[id(getattr(matrix.module, matrix.parameter))]
-                    if grad is not None:
-                        own = grad if matrix.expert is None else grad[matrix.expert]
-                        squares[name] += float(own.float().square().sum())
-    finally:
-        for p in model.parameters():
-            p.requires_grad_(wanted[id(p)])
+    with torch.enable_grad(), requiring(model, parameters.values()):
+        for row in windows.to(next(model.parameters()).device).split(1):
+            loss = next_token_loss(model, row, "sum")
+            grads = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
+            by_id = dict(zip(parameters, grads, strict=True))
+            for name, matrix in matrices.items():
+                grad = by_id[id(getattr(matrix.module, matrix.parameter))]
+                if grad is not None:
+                    own = grad if matrix.expert is None else grad[matrix.expert]
+                    squares[name] += float(own.float().square().sum())
     return squares

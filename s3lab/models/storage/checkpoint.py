@@ -120,7 +120,8 @@ def write_card(run: Run, shrunk: Shrunk | None = None, budget: Allocation | None
         "Weights kept": f"{run.density:.1%} of {len(run.matrices)} matrices" + (f", {left} left dense" if left else ""),
         "Calibration": f"{facts['calibration_tokens']} tokens in sequences of {facts['length']}",
         "Damping": settings["damp"],
-        "Second moments": f"of the {settings['hessians']} model",
+        "Second moments": f"of the {settings['hessians']} model"
+        + (", weighted by the dense model's loss" if settings.get("hessian") == "loss" else ""),
         **{key.capitalize(): value for key, value in facts["provenance"].items()},
         **({"Shrunk": shrunk} if shrunk else {}),
     }

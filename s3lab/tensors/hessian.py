@@ -125,8 +125,8 @@ def output_error(
             f"Ŵ {tuple(W_hat.shape)}, W {tuple(W.shape)} and H {tuple(H.shape)} do not fit: expected (M, K), (M, K) "
             "and (K, K)"
         )
-    W, W_hat, H = (x.detach().double() for x in (W, W_hat, H))
-    unit, H = -find_exponent(W), shift(H, -find_exponent(H))
+    W, W_hat, H = W.detach().double(), W_hat.detach().double(), H.detach().to(torch.float64, copy=True)
+    unit, H = -find_exponent(W), shift(H, -find_exponent(H), out=H)
     W, change = shift(W, unit), shift(W_hat, unit) - shift(W, unit)
     if outputs is not None:
         if outputs.shape != W.shape[:1]:

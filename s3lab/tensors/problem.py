@@ -138,7 +138,7 @@ class Problem:
     @cached_property
     def inverse(self) -> Float[Tensor, "K K"]:
         """The inverse of the damped H in the working dtype."""
-        return torch.cholesky_inverse(self._factored[1]).flip(0, 1).to(self.dtype)
+        return torch.cholesky_inverse(self._factored[1]).to(self.dtype).flip(0, 1)
 
     @cached_property
     def saliency(self) -> Float[Tensor, "M K"]:
@@ -172,7 +172,8 @@ class Problem:
         """Return tr (Ŵ−W)H(Ŵ−W)ᵀ with H undamped, over the rows of all the group as they count, of a weight in the
         working dtype as it is once it is given back: rounded, and zero outside the mask."""
         apart = self.weigh(shift(self.restore(weight, mask).double() - self.W.detach().double(), -self.units.W))
-        moment = shift(self.moment.double(), -self.units.H)
+        moment = self.moment.to(torch.float64, copy=True)
+        moment = shift(moment, -self.units.H, out=moment)
         return float(self.processes.sum(((apart @ moment) * apart).sum()))
 
     def error(self, W_hat: Float[Tensor, "M K"]) -> float:
@@ -219,7 +220,8 @@ class Problem:
             damp = _raise_damping(damp)
 
     def _damped(self, damp: float) -> Tensor:
-        H = shift(self.moment.to(torch.float64, copy=True), -self.units.H)
+        H = self.moment.to(torch.float64, copy=True)
+        H = shift(H, -self.units.H, out=H)
         diagonal = H.diagonal()
         live = diagonal[~self.dead]
         mean = float(live.mean()) if len(live) else 1.0

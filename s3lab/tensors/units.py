@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import frexp, inf
 
+import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
@@ -20,8 +21,10 @@ def find_exponent(x: Tensor) -> int:
     return frexp(float(vector_norm(x.detach(), inf)))[1] if x.numel() else 0
 
 
-def shift(x: Tensor, exponent: int) -> Tensor:
+def shift(x: Tensor, exponent: int, out: Tensor | None = None) -> Tensor:
     """Return x·2^exponent, in two steps where the factor itself is out of range; x itself for an exponent of 0.
+
+    ``out`` may be x, which then is changed in place.
 
     Exact but for what falls below the dtype's normal numbers.  Not for half dtypes, whose range is too small for this.
 
@@ -30,5 +33,5 @@ def shift(x: Tensor, exponent: int) -> Tensor:
     True
     """
     if abs(exponent) > _LARGEST:
-        return shift(shift(x, exponent // 2), exponent - exponent // 2)
-    return x * 2.0**exponent if exponent else x
+        return shift(shift(x, exponent // 2, out), exponent - exponent // 2, out)
+    return torch.mul(x, 2.0**exponent, out=out) if exponent else x

@@ -23,7 +23,7 @@ def count_index_bits(matrices: Sequence[Mapping[str, Any]]) -> float:
     return sum(bits) / sum(prod(row["shape"]) for row in matrices)
 
 
-def count_bits(matrices: Sequence[Mapping[str, Any]]) -> float:
+def count_bits(matrices: Sequence[Mapping[str, Any]], weight_bits: int = WEIGHT_BITS) -> float:
     """Return all bits a weight: of what is kept, of the index, and of what surrounds the core of a wrapped matrix.
 
     >>> count_bits([{"spec": "2:4", "shape": (8, 16), "density": 0.5, "extra": 0.25}])
@@ -31,7 +31,7 @@ def count_bits(matrices: Sequence[Mapping[str, Any]]) -> float:
     """
     sizes = [prod(row["shape"]) for row in matrices]
     kept = [size * (row["density"] + row.get("extra", 0.0)) for row, size in zip(matrices, sizes, strict=True)]
-    return WEIGHT_BITS * sum(kept) / sum(sizes) + count_index_bits(matrices)
+    return weight_bits * sum(kept) / sum(sizes) + count_index_bits(matrices)
 
 
 def _count(spec: str, shape: tuple[int, int]) -> float:

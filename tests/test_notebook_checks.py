@@ -276,6 +276,26 @@ def crossed() -> Names:
     return given | {"pairs": pairs, "patterns": patterns}
 
 
+def surrounded() -> Names:
+    bits = {"plain": 8.75, "permute": 8.75, "budget": 8.76, "wrap": 9.1, "all": 9.1}
+    rows = [
+        {"pattern": "2:4", "seed": 0, "stack": stack, "bits": size, "documentation_perplexity": 55.0}
+        for stack, size in bits.items()
+    ]
+    cuts = {"permute": 5.0, "budget": 10.0, "wrap": 30.0, "all": 40.0}
+    return {
+        "rows": pd.DataFrame(rows),
+        "rivals": pd.DataFrame({"stack": ["dense", "int8"], "documentation_perplexity": [50.0, 50.1]}),
+        "first": pd.DataFrame([{"pattern": "2:4", "stack": k, "cut_percent": cut} for k, cut in cuts.items()]),
+        "stacks": {"plain": (), "permute": ("permute",), "budget": ("budget",), "wrap": ("wrap",)}
+        | {"all": ("permute", "budget", "wrap")},
+        "ingredients": ["permute", "budget", "wrap"],
+        "families": {"2:4": "{n}:4"},
+        "measured": ["documentation_perplexity"],
+        "seeds": [0],
+    }
+
+
 def weighed() -> Names:
     kinds = {"dense": ["same", "int8"], "2:4": ["same", "int4"]}
     rows = [
@@ -309,6 +329,7 @@ RIGHT: dict[str, Callable[[], Names]] = {
     "12": weighed,
     "13": from_nothing,
     "14": recovery,
+    "15": surrounded,
     "16": crossed,
 }
 WRONG = [
@@ -359,6 +380,16 @@ WRONG = [
     ),
     ("12", "no model drawn beats 2:4 in int4 in both bytes and perplexity", put("by_bytes", (3, "frontier"), False)),
     ("12", "a packed layer's product is that of its weight", put("layers", (1, "error"), 0.02)),
+    ("15", "every stack is there", put("seeds", (), [0, 1])),
+    ("15", "an order, a rotation and the loss cost no bits", put("rows", (1, "bits"), 8.9)),
+    ("15", "budgets meet the pattern's bits, to 0.5 %", put("rows", (2, "bits"), 8.9)),
+    ("15", "wrapped cores lower the rise", put("first", (2, "cut_percent"), -1.0)),
+    ("15", "all together lower it more than any alone", put("first", (3, "cut_percent"), 29.0)),
+    (
+        "15",
+        "rounded to int8, the dense model is better than any pruned one",
+        put("rivals", (1, "documentation_perplexity"), 60.0),
+    ),
     ("16", "every row is there", fewer),
     ("16", "ADMM < SparseGPT < Wanda < magnitude", put("table", (3, "own_rise_percent"), 95.0)),
     ("16", "ADMM below SparseGPT on every pattern", put("table", (10, "own_rise_percent"), 21.0)),

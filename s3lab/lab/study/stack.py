@@ -87,8 +87,8 @@ class Stacking:
 
         ``families`` gives each pattern the family that budgets choose from, within the bytes of the pattern.  A row
         tells ``<text>_perplexity`` of each text, ``bits`` a weight of the matrices in the dtype of the model, with the
-        index and what surrounds a core, the mean error of the matrices in per cent, and the seconds that pruning took.  Raises DataError for an
-        ingredient that is not there.
+        index and what surrounds a core, the mean error of the matrices in per cent, and the seconds that pruning took.
+        Raises DataError for an ingredient that is not there.
         """
         if unknown := {one for stack in stacks.values() for one in stack} - set(INGREDIENTS):
             raise DataError(f"no ingredients are called {sorted(unknown)}: use {', '.join(INGREDIENTS)}")

@@ -81,8 +81,8 @@ def test_prune_asks_the_loss_where_that_is_wanted(tiny, tmp_path):
     assert cli.main(["prune", str(tiny), "--budget", "1/2", "--family", "{n in 7..9}:16", *options]) == 0
     record = json.loads((out / "s3lab.json").read_text())
     assert record["settings"]["hessian"] == "loss" and not record["settings"]["moments"]
-    card = (out / "README.md").read_text()
-    assert "| Second moments | of the dense model, weighted by the dense model's loss |" in card
+    told = "| Second moments | of the dense model, weighted by the dense model's loss |"
+    assert told in (out / "README.md").read_text()
 
 
 def test_prune_picks_the_damping_of_each_matrix_where_that_is_asked(tiny, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 import s3lab as s3
 from s3lab.errors import DataError
-from s3lab.lab.study.stack import INGREDIENTS, Stacking, find_cuts, list_stacks
+from s3lab.lab.study.stack import TOGETHER, Stacking, find_cuts, list_stacks
 from s3lab.models.text import corpus
 from s3lab.models.text.pretrained import load_model
 from s3lab.models.text.reference import perplexity
@@ -66,9 +66,9 @@ def test_rivals_are_rounded_and_smaller_dense_models(study):
 
 def test_every_ingredient_is_alone_left_out_and_in_all():
     stacks = list_stacks()
-    for one in INGREDIENTS:
-        assert stacks[one] == (one,) and set(stacks[f"all but {one}"]) == set(INGREDIENTS) - {one}
-    assert stacks["plain"] == () and stacks["all"] == INGREDIENTS and len(stacks) == 2 * len(INGREDIENTS) + 2
+    for one in TOGETHER:
+        assert stacks[one] == (one,) and set(stacks[f"all but {one}"]) == set(TOGETHER) - {one}
+    assert stacks["plain"] == () and stacks["all"] == TOGETHER and len(stacks) == 2 * len(TOGETHER) + 2
 
 
 def test_cuts_are_of_the_rise_over_dense_seed_by_seed():

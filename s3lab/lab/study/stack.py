@@ -41,9 +41,10 @@ if TYPE_CHECKING:
 
 DENSE, PLAIN = "dense", "plain"
 INGREDIENTS = ("rotate", "permute", "budget", "loss", "wrap")  # in the order in which they are put to work
+TOGETHER = ("rotate", "permute", "budget", "wrap")  # the loss is for cores that nothing surrounds
 
 
-def list_stacks(ingredients: Sequence[str] = INGREDIENTS) -> dict[str, tuple[str, ...]]:
+def list_stacks(ingredients: Sequence[str] = TOGETHER) -> dict[str, tuple[str, ...]]:
     """Return the stacks of a study by name: none of the ingredients, each alone, each left out, and all of them.
 
     >>> list_stacks(("budget", "loss"))

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from s3lab.errors import S3Error, SolveError
-from s3lab.models.prune.chunks import Chunk
+from s3lab.errors import SolveError
 from s3lab.models.prune.flow import Flow
 from s3lab.models.prune.jobs import Job
+from s3lab.models.prune.measured import Measured, Moments, find_own_course, naming
 from s3lab.models.prune.passage import Passage
-from s3lab.models.structure.decoder import Course, Decoder, Matrix, Stage, find_course
+from s3lab.models.structure.decoder import Course, Decoder, Stage
 from s3lab.solvers import prune, wrap
 from s3lab.solvers.base import ScoreSolver, Solution, Solver
 from s3lab.solvers.wrap import Wrap, Wrapped
-from s3lab.tensors.hessian import Moment
 from s3lab.tensors.processes import ProcessGroup
 
 _UNTOUCHED = {"error": None, "error_test": None, "weight_error": 0.0, "density": 1.0, "time_s": 0.0, "mem_mib": None}
@@ -70,10 +68,10 @@ def prune_layer(
     ``tell`` hears the name and error of each matrix.
     """
     pruner = _Pruner(flow.decoder, index, recipe, flow.processes, tell)
-    course = _find_course(flow, index)
+    course = find_own_course(flow, index)
     due = _find_due(course, recipe.jobs[index])
     stages = _regroup(course, due if recipe.hessians == "pruned" else dict.fromkeys(due, 0))
-    dense = _Moments(flow, stages if recipe.hessians == "dense" else ())
+    dense = Moments(flow, stages if recipe.hessians == "dense" else ())
     flow.advance_dense(index, dense.leaders, dense.see if dense.leaders else None)
     passage = Passage(
         flow, index, course, () if dense.leaders else stages, _find_final(course, recipe.jobs[index], due)
@@ -81,22 +79,11 @@ def prune_layer(
     for number, stage in enumerate(stages):
         moments = dense
         if not dense.leaders:
-            moments = _Moments(flow, (stage,))
+            moments = Moments(flow, (stage,))
             passage.watch(number, moments.see)
         for group, found in zip(stage.groups, moments.pool(), strict=True):
             pruner.take([matrix.name for matrix in group], found)
     return pruner.rows, flow.advance_pruned(index, passage.leave)
-
-
-def measure_layer(flow: Flow, index: int) -> dict[tuple[str, ...], Measured]:
-    """Send the dense stream through layer ``index`` and return what is known of each input in it.
-
-    Inputs go by the names of the matrices that share them.  The layer is dense and on the device of the flow.
-    """
-    groups = [group for stage in _find_course(flow, index).stages for group in stage.groups]
-    moments = _Moments(flow, (Stage(tuple(groups), once=False),))
-    flow.advance_dense(index, moments.leaders, moments.see)
-    return {tuple(matrix.name for matrix in group): found for group, found in zip(groups, moments.pool(), strict=True)}
 
 
 def prune_measured(
@@ -112,20 +99,6 @@ def prune_measured(
     for names, found in measured.items():
         pruner.take(names, found)
     return pruner.rows
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is known of an input: its second moments, its tokens, and whether these are all there are.
-
-    ``outputs`` says how much each output of the matrix that takes it counts, where the loss has been asked.
-    """
-
-    H: Tensor | None
-    H_test: Tensor | None
-    tokens: int
-    all_tokens: bool
-    outputs: Tensor | None = None
 
 
 class _Pruner:
@@ -160,59 +133,13 @@ class _Pruner:
             leaders = [leader.name for leader in job.leaders.values()]
             if not self._given.keys() >= set(leaders):
                 continue
-            with _naming(" & ".join(leaders)):
+            with naming(" & ".join(leaders)):
                 figures = _prune_together(
                     job, [self._given.pop(name) for name in leaders], self._recipe, self._processes
                 )
             for matrix, row in zip(job.matrices.values(), figures, strict=True):
                 self.rows.append({"layer": self._index, "name": matrix.name.removeprefix(self._head), **row})
                 self._tell(self.rows[-1]["name"], row["error"])
-
-
-class _Moments:
-    """The second moments of the inputs of stages' groups, of the calibration and of the held-out sequences."""
-
-    def __init__(self, flow: Flow, stages: Sequence[Stage]) -> None:
-        self.flow = flow
-        self.leaders = {group[0].name: group[0] for stage in stages for group in stage.groups}
-        self._moments = {name: (Moment(), Moment()) for name in self.leaders}
-
-    def see(self, matrix: Matrix, x: Tensor, chunk: Chunk) -> None:
-        """Add inputs of a group, told by the first of its matrices, each as much as the loss hangs on its token."""
-        with _naming(matrix.name):
-            fisher = self.flow.fisher
-            self._moments[matrix.name][chunk.held_out].add(fisher.weigh(matrix, x, chunk) if fisher else x)
-
-    def pool(self) -> list[Measured]:
-        """Return what all processes together know of each group's input."""
-        found, fisher = [], self.flow.fisher
-        for name, moments in self._moments.items():
-            for moment in moments:
-                moment.pool(self.flow.processes, self.flow.device)
-            H, H_test = (moment.value() if moment.tokens else None for moment in moments)
-            tokens, outputs = moments[0].tokens, None
-            if fisher and tokens:
-                outputs = fisher.outputs[name].to(self.flow.device)
-            found.append(Measured(H, H_test, tokens, tokens >= self.flow.tokens, outputs))
-        return found
-
-
-def _find_course(flow: Flow, index: int) -> Course:
-    """The way through a layer, as the first sequence takes it.
-
-    Where each matrix weighs the tokens of its input in its own way, none shares it.
-    """
-    chunk, hidden = flow.sample(index)
-    hidden = hidden.requires_grad_()
-    # a layer may write into what it is given, which a leaf forbids
-    course = find_course(
-        flow.decoder.matrices[index], lambda: flow.run(index, chunk, hidden.clone()), chunk.ids.numel()
-    )
-    if not flow.fisher:
-        return course
-    alone = [tuple((matrix,) for group in stage.groups for matrix in group) for stage in course.stages]
-    stages = (Stage(groups, stage.once) for groups, stage in zip(alone, course.stages, strict=True))
-    return Course(tuple(stages), course.sources)
 
 
 def _find_due(course: Course, jobs: Sequence[Job]) -> dict[str, int]:
@@ -338,12 +265,3 @@ def _measure(solution: Solution | Wrapped, W: Tensor, solver: Solver) -> dict[st
 def _distance(W_hat: Tensor, W: Tensor) -> float:
     size = W.double().norm()
     return float((W_hat.double() - W.double()).norm() / size) if size else 0.0
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the name of a matrix before what is wrong with it."""
-    try:
-        yield
-    except S3Error as error:
-        raise type(error)(f"{name}: {error}") from error

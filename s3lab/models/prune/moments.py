@@ -10,7 +10,7 @@ from typing import Any
 from s3lab.errors import DataError
 from s3lab.files import replacing, write
 from s3lab.models.prune.flow import Flow
-from s3lab.models.prune.layerwise import Measured, measure_layer
+from s3lab.models.prune.measured import Measured, measure_layer
 
 _MANIFEST = "moments.json"
 _PARTS = ("H", "H_test", "outputs")

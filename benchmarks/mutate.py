@@ -80,6 +80,11 @@ TESTS = {
         "solvers/test_coupled.py::test_a_follower_changes_nothing_for_its_leader",
         "algebra/test_picture.py::test_a_solution_shows_the_corner_of_its_mask",
     ],
+    "s3lab/solvers/best.py": [
+        "solvers/test_best.py",
+        "solvers/test_truths.py::test_what_fits_its_weights_is_near_the_brute_force_optimum",
+        f"{REFUSALS}::test_options_that_cannot_be",
+    ],
     "s3lab/solvers/damping.py": ["solvers/test_damping.py"],
     "s3lab/solvers/elimination.py": SOBS,
     "s3lab/solvers/fields.py": SOBS,
@@ -114,6 +119,7 @@ TESTS = {
     ],
     "s3lab/solvers/variance.py": ["solvers/test_variance.py", REFUSALS],
     "s3lab/solvers/wanda.py": SCORES,
+    "s3lab/solvers/wrap.py": ["solvers/test_wrap.py"],
     "s3lab/models/correct/equalise.py": ["models/test_equalise.py"],
 }
 SETTINGS = """

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FIGURE = re.compile(r"[−+-]?\d+\.\d+")
+FIGURE = re.compile(r"[+-]?\d+\.\d+")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ TABLES = {
     ("README.md", "Beyond 2:4: weights, inputs, corrections"): Source(
         PATTERNS, ("solver",), "pattern", "perplexity", PLAIN
     ),
+    ("docs/training.md", "From nothing"): Source(
+        "figures/training/scratch_small_changes.csv", ("pattern", "method"), "against", "change_percent"
+    ),
     ("docs/training.md", "What a step takes"): Source("benchmarks/results/time_training_step.csv", ("method",)),
     ("docs/packing.md", "A whole model, against rounding"): Source("figures/weigh_reference.csv", ("model",)),
     ("docs/how-to/prune-my-model.md", "Weighted by the loss"): Source(
@@ -108,7 +111,7 @@ def find_tables(text: str) -> list[tuple[str, list[list[str]]]]:
 
 def read_figure(cell: str) -> str | None:
     """The figure in a cell, if it holds nothing else but emphasis and a sign of per cent."""
-    bare = cell.replace("*", "").replace("%", "").strip()
+    bare = cell.replace("*", "").replace("%", "").replace("−", "-").strip()
     return bare if FIGURE.fullmatch(bare) else None
 
 

@@ -36,7 +36,7 @@ class ADMM(Solver):
         Ŵ ← (W H + ρD − V)(H + ρI)⁻¹,   D ← projection of Ŵ + V/ρ on the pattern,   V ← V + ρ(Ŵ − D),
 
     where the projection keeps the blocks of the largest norms.  ρ is held for some iterations, which share one
-    Cholesky factor, and then raised; the loop ends when less than 1 of 1,000 weights changes sides three times in a
+    Cholesky factor, and then raised; the loop ends when no more than 1 of 1,000 weights changes sides three times in a
     row.  Of the pattern it uses the projection alone, and so takes any.
 
     Of two inputs that repeat each other either will do, and the loop, which decides them at once and alike, would go

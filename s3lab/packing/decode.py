@@ -55,7 +55,7 @@ class Kernel:
         return _place(y, own, rows.shape[0])
 
     def _multiply(self, run: int, bits: Tensor, starts: Tensor, values: Tensor, x: Tensor, M: int, K: int) -> Tensor:
-        y, x = torch.empty(len(x), M), x.contiguous()
+        y, x = x.new_empty(len(x), M, dtype=torch.float32), x.contiguous()
         call = getattr(self._library, f"s3lab_multiply_{_TYPES[values.dtype]}")
         pointers = map(pointer, (bits, starts, values, x, y))
         sizes = ctypes.c_int64(M), ctypes.c_int64(K), len(x), torch.get_num_threads()

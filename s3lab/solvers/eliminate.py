@@ -42,7 +42,7 @@ def take_cheapest(C: Tensor, w: Tensor, sets: Sequence[Tensor], stops: Sequence[
     True
     """
     (G, n, R), (c, e) = w.shape, sets[0].shape[2:]
-    if w.is_cuda or w.dtype not in _TYPES or any(own.shape[2:] != (c, e) for own in sets):
+    if w.device.type != "cpu" or w.dtype not in _TYPES or any(own.shape[2:] != (c, e) for own in sets):
         return None
     library = find_kernel()
     if library is None:
@@ -50,8 +50,9 @@ def take_cheapest(C: Tensor, w: Tensor, sets: Sequence[Tensor], stops: Sequence[
     apart = max(len(own) for own in sets)
     joined = torch.cat([own.expand(apart, -1, -1, -1) for own in sets], 1).int().contiguous()
     counts = [own.shape[1] for own in sets]
-    best = torch.empty(G, sum(counts), dtype=torch.long)
-    units, ends = torch.tensor(counts).cumsum(0), torch.tensor(stops)
+    best = w.new_empty(G, sum(counts), dtype=torch.long)
+    units = torch.tensor(counts, device=w.device).cumsum(0)
+    ends = torch.tensor(stops, device=w.device)
     C, w = C.contiguous(), w.contiguous()
     sizes = map(ctypes.c_int64, (G, n, R, len(sets), c, e))
     getattr(library, f"s3lab_eliminate_{_TYPES[w.dtype]}")(

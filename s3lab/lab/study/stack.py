@@ -158,8 +158,10 @@ class Stacking:
         )
         errors = [row["error_test"] for row in run.matrices]
         pruned_s = time.perf_counter() - began
+        left = sum(map(prod, self._shapes)) - sum(prod(row["shape"]) for row in run.matrices)
+        alone = [{"spec": DENSE, "shape": (1, left), "density": 1.0}] if left else []  # what a budget leaves dense
         figures = {
-            "bits": count_bits(run.matrices, self._weight_bits),
+            "bits": count_bits([*run.matrices, *alone], self._weight_bits),
             "error_test_percent": 100 * sum(errors) / len(errors),
         }
         return figures | self._measure(model) | {"time_s": pruned_s}
@@ -218,7 +220,7 @@ def find_cuts(rows: DataFrame, dense: Mapping[str, float], columns: Sequence[str
     """
     found = []
     for column in columns:
-        rise = rows.set_index(["pattern", "stack", "seed"])[column] - dense[column]
+        rise = rows.set_index(["pattern", "stack", "seed"])[column].sort_index() - dense[column]
         for pattern, stack in dict.fromkeys(zip(rows["pattern"], rows["stack"], strict=True)):
             if stack != PLAIN:
                 cuts = (100 * (1 - rise.loc[pattern, stack] / rise.loc[pattern, PLAIN])).tolist()

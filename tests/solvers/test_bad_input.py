@@ -145,8 +145,8 @@ def test_variance_is_matched_of_one_matrix_by_rows_or_whole_after_a_solver():
 def test_what_is_given_in_vain_is_named():
     pair = "a: (1,1) | b: (1,1) keep 50%"
     for arguments, told in (
-        (({"a": W}, pair, {"a": H, "c": H, "d": H}), "second moments of c, d, of which"),
-        (({"a": W}, pair, H), "second moments of no name, of which"),
+        (({"a": W}, pair, {"a": H, "c": H, "d": H}), "second moments or outputs of c, d, of which"),
+        (({"a": W}, pair, H), "second moments or outputs of no name, of which"),
         (({}, pair), "no weights: give a tensor"),
         ((W, "2:4", H, "obs"), "no solver is called 'obs': use one of magnitude, wanda"),
         ((W, "2:4", H, 7), "no solver is called 7"),

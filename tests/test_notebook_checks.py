@@ -388,7 +388,6 @@ WRONG = [
     ("15", "an order, a rotation and the loss cost no bits", put("rows", (1, "bits"), 8.9)),
     ("15", "budgets meet the pattern's bits, to 0.5 %", put("rows", (2, "bits"), 8.9)),
     ("15", "a wrapped core leaves less error", put("rows", (3, "error_test_percent"), 12.0)),
-    ("15", "all together leave less error than any alone", put("rows", (4, "error_test_percent"), 7.5)),
     (
         "15",
         "rounded to int8, the dense model is better than any that nothing surrounds",

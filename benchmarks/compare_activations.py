@@ -10,20 +10,17 @@ and compare_activations_gains.csv, each correction's gain with its 95 % interval
 from __future__ import annotations
 
 import argparse
-import subprocess
 import time
 from collections.abc import Iterator
 from copy import deepcopy
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
+from facts import describe
 
 import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.run.record import device_name
 from s3lab.lab.study.inputs import compare_inputs, find_gains
 from s3lab.models.inputs.calibrate import Learning
 from s3lab.models.text import corpus
@@ -78,14 +75,7 @@ def main() -> None:
     facts = {
         **{key: getattr(args, key) for key in ("windows", "sequences", "steps", "lr", "tokens")},
         "length": LENGTH,
-        "threads": torch.get_num_threads(),
-        "device": device_name("cpu"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "s3lab": s3.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        **describe("cpu", "transformers"),
     }
     rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
     done = {(row["seed"], row["pattern"]) for row in rows}

@@ -9,15 +9,13 @@ not measured again.
 from __future__ import annotations
 
 import argparse
-import subprocess
 from pathlib import Path
 
 import pandas as pd
-import torch
+from facts import describe
 
 import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.run.record import device_name
 from s3lab.models.text import corpus
 from s3lab.models.text.reference import load_reference, perplexity
 
@@ -50,12 +48,7 @@ def main() -> None:
     facts = {
         "sequences": args.sequences,
         "seed": args.seed,
-        "threads": torch.get_num_threads(),
-        "device": device_name(args.device),
-        "torch": torch.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        **describe(args.device),
     }
     rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
     done = {(row["spec"], row["setting"]) for row in rows}

@@ -11,18 +11,14 @@ its 95 % confidence interval over the seeds (Student's t), and prints it.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import time
-from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
 
 import pandas as pd
-import torch
+from facts import describe
 
-import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.run.record import device_name
 from s3lab.lab.study.corrections import CORRECTIONS, Comparison
 from s3lab.models.correct.finetune import Schedule
 from s3lab.models.text import corpus
@@ -75,14 +71,7 @@ def main() -> None:
         "length": 256,
         "epochs": args.epochs,
         "lr": args.lr,
-        "threads": torch.get_num_threads(),
-        "device": device_name("cpu"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "s3lab": s3.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        **describe("cpu", "transformers"),
     }
     for seed in args.seeds:
         calibration = corpus.tokens(tokenizer, "calibration", 256, args.sequences, seed)

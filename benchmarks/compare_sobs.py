@@ -13,22 +13,18 @@ non-commercial licence and is no dependency of s3lab.
 from __future__ import annotations
 
 import argparse
-import csv
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pandas as pd
-import torch
 from compare_solvers import draw_unseen
+from facts import describe
 from peers import run_sparsekit_sobs
 from tqdm import tqdm
 
 import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.run.record import device_name
 from s3lab.models.measure.layers import generate_layer
 from s3lab.tensors.meter import Meter
 
@@ -91,13 +87,7 @@ def main() -> None:
     facts = {
         "damp": args.damp,
         "repeats": args.repeats,
-        "threads": torch.get_num_threads(),
-        "device": device_name("cpu"),
-        "torch": torch.__version__,
-        "sparsekit": version("sparsekit"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        **describe("cpu", "sparsekit"),
     }
     RESULTS.parent.mkdir(exist_ok=True)
     if args.unseen:
@@ -111,12 +101,9 @@ def main() -> None:
         return
     for M, K in args.size or [(384, 1536), (96, 3072)]:
         rows = compare(M, K, args)
-        fresh = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *facts])
-            if fresh:
-                writer.writeheader()
-            writer.writerows([row | facts for row in rows])
+        known = [pd.read_csv(RESULTS)] if RESULTS.exists() else []
+        table = pd.concat([*known, pd.DataFrame([row | facts for row in rows])])
+        write(RESULTS, table.to_csv(index=False).encode())
         print(f"M = {M}, K = {K}")
         theirs = rows[0]
         for row in rows:

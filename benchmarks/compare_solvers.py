@@ -19,22 +19,17 @@ benchmarks/results/compare_solvers_<suite>.csv unless --out says otherwise.
 from __future__ import annotations
 
 import argparse
-import subprocess
 from collections.abc import Iterator
-from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from random import Random
 
 import pandas as pd
-import torch
+from facts import describe
 from peers import find_peers
 from tqdm import tqdm
 
-import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.run.record import device_name
 from s3lab.lab.study import bench
 from s3lab.models.measure.layers import Layer, generate_layer, layers_of_model
 from s3lab.models.structure.capture import find_linears
@@ -137,15 +132,8 @@ def main() -> None:
     facts = {
         "damp": DAMP,
         "seed": 0,
-        "threads": torch.get_num_threads(),
-        "device": device_name(args.device),
         "peak_gflops": bench.measure_peak(args.device),
-        "torch": torch.__version__,
-        "s3lab": s3.__version__,
-        "sparsekit": version("sparsekit") if find_spec("sparsekit") else "",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        **describe(args.device, "sparsekit"),
     }
     suites = {
         "quality": lambda: run_quality(args.device, args.methods),

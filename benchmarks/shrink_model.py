@@ -9,21 +9,19 @@ benchmarks/results/shrink_model.csv.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import tempfile
 import time
 from copy import deepcopy
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import pandas as pd
 import torch
+from facts import describe
 from transformers import PreTrainedModel
 
 import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.run.record import device_name
 from s3lab.models.prune.shrink import shrink
 from s3lab.models.storage.checkpoint import save_pruned
 from s3lab.models.text import corpus
@@ -113,14 +111,7 @@ def main() -> None:
         "length": 256,
         "repeats": args.repeats,
         "seed": args.seed,
-        "threads": torch.get_num_threads(),
-        "device": device_name("cpu"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "s3lab": s3.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        **describe("cpu", "transformers"),
     }
     rows = []
     for solver in args.solvers:

@@ -15,9 +15,7 @@ the loss brings, in per cent, with its least and most of a seed.
 from __future__ import annotations
 
 import argparse
-import subprocess
 from copy import deepcopy
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -25,10 +23,10 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
+from facts import describe
 
 import s3lab as s3
 from s3lab.files import write
-from s3lab.lab.run.record import device_name
 from s3lab.models.prune.moments import read_moments
 from s3lab.models.structure.decoder import find_decoder
 from s3lab.models.text import corpus
@@ -97,14 +95,7 @@ def main() -> None:
         "sequences": args.sequences,
         "length": args.length,
         "windows": args.windows,
-        "threads": torch.get_num_threads(),
-        "device": device_name("cpu"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "s3lab": s3.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        **describe("cpu", "transformers"),
     }
 
     def add(row: dict[str, object]) -> None:

@@ -10,11 +10,11 @@ time.  ``dense`` is the perplexity in the other basis before anything is pruned:
 from __future__ import annotations
 
 import argparse
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from facts import find_commit
 
 import s3lab as s3
 from s3lab.files import write
@@ -51,7 +51,7 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = pd.read_csv(RESULTS).to_dict("records") if RESULTS.exists() else []
     done = {(row["model"], row["seed"], row["change"]) for row in rows}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = find_commit()
     for seed in args.seeds:
         text = {"calibration": "stdlib", "sequences": args.sequences, "length": args.length, "seed": seed}
         for change in args.changes:

@@ -48,3 +48,18 @@ def ids():
 def pytest_generate_tests(metafunc):
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", list(FAMILIES))
+
+
+@pytest.fixture
+def spread():
+    """A function that makes some channels of every norm of a model large, as those of language models are."""
+
+    def scale(model):
+        generator = torch.Generator().manual_seed(3)
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.ndim == 1:
+                weight.data *= torch.exp(torch.randn(weight.shape, generator=generator))
+        return model
+
+    return scale

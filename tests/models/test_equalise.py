@@ -24,17 +24,7 @@ def logits(model, ids):
         return model(input_ids=ids, use_cache=False).logits
 
 
-def spread(model):
-    """Make some channels of every norm large, as those of language models are."""
-    generator = torch.Generator().manual_seed(3)
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.ndim == 1:
-            weight.data *= torch.exp(torch.randn(weight.shape, generator=generator))
-    return model
-
-
-def test_the_dense_model_says_what_it_said(make_tiny, ids, family):
+def test_the_dense_model_says_what_it_said(make_tiny, ids, family, spread):
     model = spread(make_tiny(family))
     before, weights = logits(model, ids), {name: p.clone() for name, p in model.named_parameters()}
     rows = equalise(model, ids)
@@ -59,7 +49,7 @@ def test_each_input_goes_into_what_makes_it(make_tiny, ids, name):
         ("Llama", "model.layers.0.self_attn.[qkv]_proj"),
     ],
 )
-def test_the_largest_input_and_weight_of_a_channel_meet_over_all_that_read_it(make_tiny, ids, name, readers):
+def test_the_largest_input_and_weight_of_a_channel_meet_over_all_that_read_it(make_tiny, ids, name, readers, spread):
     model = spread(make_tiny(name))
     linears = list(find_linears(model, readers).values())
     for linear, size in zip(linears, (1.0, 0.3, 3.0), strict=False):

@@ -17,16 +17,6 @@ def logits(model, ids):
         return model(input_ids=ids, use_cache=False).logits
 
 
-def spread(model):
-    """Give norms weights that are not all alike, so that it matters where they go."""
-    generator = torch.Generator().manual_seed(3)
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.ndim == 1:
-            weight.data *= torch.exp(torch.randn(weight.shape, generator=generator))
-    return model
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 12, 64, 80, 576, 896])
 def test_a_hadamard_matrix_of_any_size_is_orthogonal_and_flat(n):
     Q = hadamard(n)
@@ -38,7 +28,7 @@ def test_a_hadamard_matrix_of_any_size_is_orthogonal_and_flat(n):
 
 @pytest.mark.parametrize("kind", ["hadamard", "learned"])
 @pytest.mark.parametrize("name", ROTATED)
-def test_the_dense_model_says_what_it_said(make_tiny, ids, name, kind):
+def test_the_dense_model_says_what_it_said(make_tiny, ids, name, kind, spread):
     model = spread(make_tiny(name)).train()
     before = logits(model.eval(), ids)
     weights = {n: p.clone() for n, p in model.named_parameters()}
@@ -80,7 +70,7 @@ def test_a_model_that_reads_the_stream_unseen_is_given_back(make_tiny, ids):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
-def test_a_tied_head_is_untied_and_stays_so_when_saved(make_tiny, ids, tmp_path):
+def test_a_tied_head_is_untied_and_stays_so_when_saved(make_tiny, ids, tmp_path, spread):
     from transformers import AutoModelForCausalLM
 
     model = spread(make_tiny("Llama", tie_word_embeddings=True))
@@ -91,7 +81,7 @@ def test_a_tied_head_is_untied_and_stays_so_when_saved(make_tiny, ids, tmp_path)
     assert (logits(again, ids) - before).norm() / before.norm() < 1e-4
 
 
-def test_a_rotation_by_hand_gives_the_stream_of_the_rotated_model(make_tiny, ids):
+def test_a_rotation_by_hand_gives_the_stream_of_the_rotated_model(make_tiny, ids, spread):
     plain, model = spread(make_tiny("Llama")), spread(make_tiny("Llama"))
     rotate(model, seed=4)
     streams = [

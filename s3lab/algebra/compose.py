@@ -60,9 +60,11 @@ class Plus(Pattern):
     """``main plus salient``: the blocks that ``salient`` keeps stay in full, ``main`` is applied to the rest.
 
     A scope of ``main`` keeps as many blocks as ever among those that are not salient, and all of them where fewer are
-    left.  Salient blocks are those of the highest score, of a solver that scores, and otherwise those whose removal
-    alone would cost the most; ``salient=`` of `prune` has them picked by any score.  ``bind`` raises SpecError where a
-    part does not fit a weight (M, K).
+    left.  Salient blocks are those that hold the most of what ``main`` alone would let go: by the score of a solver
+    that scores, and otherwise by what the removal of a weight alone would cost.  A block that ``main`` keeps anyway
+    needs no place among them; so of single weights, where each scope of ``main`` lies within one of ``salient``, no
+    mask keeps a higher sum of scores.  ``salient=`` of `prune` has the blocks of the highest score picked, as the paper
+    does.  ``bind`` raises SpecError where a part does not fit a weight (M, K).
 
     Source: structured salient weights, arXiv 2507.03052; tiles dense or 2:4 (PATCH) are ``2:4 plus 50%@128x128``.
 
@@ -70,6 +72,12 @@ class Plus(Pattern):
     >>> both = parse("8:16 plus 16:256").bind((4, 512))
     >>> both.density, both.storage_bits
     (0.5625, 1.203125)
+
+    The salient one of these is the last, as ``1:2`` keeps 7 and 5 in any case:
+
+    >>> import torch
+    >>> parse("1:2 plus 1:4").bind((1, 4)).project(torch.tensor([[7.0, 1.0, 5.0, 4.0]])).tolist()
+    [[True, False, True, True]]
     """
 
     main: Spec | Then | Plus
@@ -251,12 +259,14 @@ class Salient(Composed):
 
     def resolve(self, decide: Decide, worth: Tensor) -> Tensor:
         """Return the mask (M, K): salient blocks by ``worth`` (M, K), of the rest what ``decide`` keeps."""
-        salient = self.salient.project(worth) if self.chosen is None else self.chosen
+        salient = self.chosen
+        if salient is None:
+            salient = self.salient.project(worth * ~self.main.project(worth))
         text = f"{self.text} on {self.shape}"
         return salient | self.main.resolve(lambda stage: decide(stage.without(salient, text)), worth)
 
     def fix(self, worth: Tensor) -> Salient:
-        """Return this pattern with its salient blocks decided, for whatever solver, by ``worth`` (M, K)."""
+        """Return this pattern with those blocks salient that have the highest ``worth`` (M, K), for whatever solver."""
         main = self.main.fix(worth) if isinstance(self.main, Salient) else self.main
         return replace(self, main=main, chosen=self.salient.project(worth))
 

@@ -24,13 +24,15 @@ def fetch(options: argparse.Namespace) -> int:
 def prune(options: argparse.Namespace) -> int:
     """Prune a model to specs, or to a budget, in another basis where that is asked for."""
     need("transformers", "tqdm")
+    import torch
+
     from s3lab.folder import claim
     from s3lab.models.basis.prepare import permute_and_tell, rotate_and_tell
     from s3lab.models.prune.jobs import check_texts
     from s3lab.models.prune.sequential import prune_model
     from s3lab.models.search.allocate import allocate
     from s3lab.models.storage.checkpoint import save_pruned
-    from s3lab.models.text.pretrained import load_model
+    from s3lab.models.text.pretrained import load_model, to_fast_dtype
     from s3lab.solvers import Wrap, make_solver
     from s3lab.tensors.processes import assemble
 
@@ -44,6 +46,7 @@ def prune(options: argparse.Namespace) -> int:
         claim(options.out if processes.rank == 0 else None, options.force),
     ):
         model, tokenizer = load_model(options.model, options.dtype)
+        stored = to_fast_dtype(model, device) if options.dtype == "auto" else model.dtype
         found, moments = None, options.moments
         names = ("calibration", "sequences", "length", "held_out", "batch", "seed")
         text: dict[str, Any] = {name: getattr(options, name) for name in names}
@@ -87,6 +90,7 @@ def prune(options: argparse.Namespace) -> int:
         )
         if processes.rank > 0:
             return 0
+        torch.nn.Module.to(model, stored)
         save_pruned(model, tokenizer, options.out, run, budget=found)
     errors = [row["error"] for row in run.matrices if row["error"] is not None]
     error = f"{sum(errors) / len(errors):.2%}" if errors else "none"
@@ -97,14 +101,18 @@ def prune(options: argparse.Namespace) -> int:
 def tune(options: argparse.Namespace) -> int:
     """Train what a pruned model has kept."""
     need("transformers", "tqdm")
+    import torch
+
     from s3lab.folder import claim
     from s3lab.models.recover.tune import Tuning, save_tuned, tune_model
     from s3lab.models.storage.checkpoint import read_record
     from s3lab.models.text.corpus import hold_out, tokens
     from s3lab.models.text.pretrained import load_model
+    from s3lab.tensors.meter import fast_dtype
 
-    given = ("method", "steps", "tokens", "batch", "lr", "warmup", "every", "patience", "dtype", "recompute", "seed")
-    tuning = Tuning(**{name: getattr(options, name) for name in given}, loss=tuple(options.loss or ()))
+    given = ("method", "steps", "tokens", "batch", "lr", "warmup", "every", "patience", "recompute", "seed")
+    dtype = options.dtype if options.dtype != "auto" else str(fast_dtype(torch.bfloat16, options.device))[6:]
+    tuning = Tuning(**{name: getattr(options, name) for name in given}, dtype=dtype, loss=tuple(options.loss or ()))
     folder, out = Path(options.model), Path(options.out)
     matrices = read_record(folder)["matrices"]
     if out.resolve() == folder.resolve():
@@ -129,9 +137,11 @@ def measure(options: argparse.Namespace) -> int:
     need("transformers", *(["lm_eval"] if options.tasks else []))
     from s3lab.models.measure.evaluate import evaluate, evaluate_lm_eval
     from s3lab.models.text.corpus import read
-    from s3lab.models.text.pretrained import load_model
+    from s3lab.models.text.pretrained import load_model, to_fast_dtype
 
     model, tokenizer = load_model(options.model, options.dtype, options.device)
+    if options.dtype == "auto":
+        to_fast_dtype(model, options.device)
     documents = list(islice(read("test", options.text, options.seed), options.documents))
     figures = evaluate(model, tokenizer, documents, length=options.length, stride=options.stride, batch=options.batch)
     if options.tasks:

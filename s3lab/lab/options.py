@@ -19,6 +19,8 @@ from s3lab.version import __version__
 
 Command = Callable[[argparse.Namespace], int]
 
+_DTYPE_HELP = "of the weights (default: as they were saved, in float32 while at work on a CPU where that is faster)"
+
 
 def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     """Return the parser of the command line; ``run`` has what each command does, by name."""
@@ -175,7 +177,7 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     prune.add_argument("--batch", type=count, default=8, metavar="N", help="sequences at a time (default: 8)")
     prune.add_argument("--seed", type=seed, default=0)
     prune.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default: cpu)")
-    prune.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)")
+    prune.add_argument("--dtype", choices=DTYPES, default="auto", help=_DTYPE_HELP)
     prune.add_argument("--distributed", action="store_true", help="by all processes that torchrun has started")
     prune.add_argument("--out", type=path, required=True, metavar="FOLDER", help="for the run and the pruned model")
     prune.add_argument("--force", action="store_true", help="write into a folder that holds other files, too")
@@ -213,7 +215,10 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--seed", type=seed, default=0)
     tune.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default: cpu)")
     tune.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the products (default: bfloat16)"
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of the products (default: bfloat16, or float32 on a CPU where that is faster)",
     )
     tune.add_argument("--out", type=path, required=True, metavar="FOLDER", help="for the run and the tuned model")
     tune.add_argument("--force", action="store_true", help="write into a folder that holds other files, too")
@@ -231,7 +236,7 @@ def _add_eval(measure: argparse.ArgumentParser) -> None:
     measure.add_argument("--tasks", nargs="*", default=[], metavar="NAME", help="tasks of lm_eval, such as wikitext")
     measure.add_argument("--seed", type=seed, default=0, help="of the order in which the hub's text is read")
     measure.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default: cpu)")
-    measure.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)")
+    measure.add_argument("--dtype", choices=DTYPES, default="auto", help=_DTYPE_HELP)
 
 
 def _add_pack(pack: argparse.ArgumentParser) -> None:

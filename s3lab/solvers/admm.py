@@ -37,7 +37,8 @@ class ADMM(Solver):
 
     where the projection keeps the blocks of the largest norms.  ρ is held for some iterations, which share one
     Cholesky factor, and then raised; the loop ends when no more than 1 of 1,000 weights changes sides three times in a
-    row.  Of the pattern it uses the projection alone, and so takes any.
+    row, or ρ is above K, and so above all eigenvalues of H: then Ŵ is D in all that counts.  Of the pattern it uses the
+    projection alone, and so takes any.
 
     Of two inputs that repeat each other either will do, and the loop, which decides them at once and alike, would go
     on taking both and dropping both.  So columns that another one nearly repeats take turns at random (seeded): with a
@@ -123,7 +124,7 @@ class ADMM(Solver):
                 state.split(mask)
             changes = processes.total(sum(int((a ^ b).count_nonzero()) for a, b in zip(before, masks, strict=True)))
             still = still + 1 if changes <= allowed else 0
-            if still == _PATIENCE:
+            if still == _PATIENCE or all(state.rho > len(state.H) for state in states):
                 break
         fits = [state.fit(mask) for state, mask in zip(states, masks, strict=True)]
         stats = {

@@ -1,7 +1,7 @@
 """`then` and `plus`: masks against naive readings of what they say, and their figures."""
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -43,10 +43,10 @@ def test_three_parts_nest_to_the_right():
 
 
 @pytest.mark.parametrize("text", ["8:16 plus 16:256", "2:4 plus 4:256", "8:16 plus 1%", "2:4@1x2 plus 8:256"])
-def test_salient_weights_stay_and_the_rest_has_its_pattern(text):
+def test_salient_weights_that_are_fixed_stay_and_the_rest_has_its_pattern(text):
     main, salient = (s3.parse(part) for part in text.split(" plus "))
     worth = SCORES[:4]
-    mask = s3.parse(text).bind((4, 256)).project(worth)
+    mask = s3.parse(text).bind((4, 256)).fix(worth).project(worth)
     kept = salient.bind((4, 256)).project(worth)
     assert mask[kept].all()
     part = main.bind((4, 256))
@@ -61,6 +61,41 @@ def test_salient_weights_stay_and_the_rest_has_its_pattern(text):
     assert abs(float(mask.double().mean()) - s3.parse(text).bind((4, 256)).density) < 1e-2
 
 
+@pytest.mark.parametrize("text", ["1:2 plus 1:4", "2:4 plus 3:8", "1:4 plus 2:8", "1:2 plus 1:4 plus 1:8"])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_mask_with_salient_weights_keeps_a_higher_score(text, seed):
+    """Every choice of salient weights, layer by layer, and the best of the rest in each scope, by brute force."""
+    worth = torch.rand(8, generator=torch.Generator().manual_seed(seed)).tolist()
+    main, *salient = ([int(n) for n in part.split(":")] for part in text.split(" plus "))
+
+    def best(layers, taken):
+        if layers:
+            N, M = layers[-1]
+            free = [[i for i in range(start, start + M) if i not in taken] for start in range(0, 8, M)]
+            choices = product(*(combinations(scope, min(N, len(scope))) for scope in free))
+            return max(best(layers[:-1], taken.union(*picked)) for picked in choices)
+        N, M = main
+        scopes = [[worth[i] for i in range(start, start + M) if i not in taken] for start in range(0, 8, M)]
+        return sum(worth[i] for i in taken) + sum(sum(sorted(scope)[-N:]) for scope in scopes)
+
+    scores = torch.tensor([worth], dtype=torch.float64)
+    kept = s3.parse(text).bind((1, 8)).project(scores)
+    assert float(scores[kept].sum()) == pytest.approx(best(salient, frozenset()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_dense_tiles_are_those_that_two_of_four_would_cost_the_most(seed):
+    scores = torch.rand(8, 8, generator=torch.Generator().manual_seed(seed)).double() ** 3
+    mask = s3.parse("2:4 plus 50%@4x4").bind((8, 8)).project(scores)
+    tiles = scores.view(2, 4, 2, 4).transpose(1, 2).reshape(4, 4, 4)
+    thin = tiles.topk(2).values.sum((1, 2))
+    totals = [
+        sum(float(tile.sum() if t in dense else thin[t]) for t, tile in enumerate(tiles))
+        for dense in combinations(range(4), 2)
+    ]
+    assert float(scores[mask].sum()) == pytest.approx(max(totals))
+
+
 def test_tiles_are_dense_or_two_of_four():
     bound = s3.parse("2:4 plus 50%@16x16").bind((64, 64))
     mask = bound.project(SCORES[:64, :64])
@@ -72,8 +107,8 @@ def test_tiles_are_dense_or_two_of_four():
 
 def test_a_chain_may_have_salient_weights():
     bound = s3.parse("4:8@16x1 then 2:4 plus 1:32").bind((32, 64))
-    mask = bound.project(SCORES[:32, :64])
-    salient = s3.parse("1:32").bind((32, 64)).project(SCORES[:32, :64])
+    mask, chain = (pattern.project(SCORES[:32, :64]) for pattern in (bound, bound.main))
+    salient = s3.parse("1:32").bind((32, 64)).project(SCORES[:32, :64] * ~chain)
     assert mask[salient].all()
     assert bound.density == 0.25 + 1 / 32
 

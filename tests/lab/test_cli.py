@@ -46,6 +46,28 @@ def test_prune_saves_a_model_that_loads_and_goes_on_where_it_was(tiny, tmp_path,
     assert "kept 46.4% of 8 matrices" in capsys.readouterr().out
 
 
+def test_half_precision_is_kept_and_worked_on_in_what_the_cpu_is_fast_in(tiny, tmp_path, monkeypatch, capsys):
+    half = tmp_path / "half"
+    model, tokenizer = load_model(tiny, "bfloat16")
+    for part in (model, tokenizer):
+        part.save_pretrained(half)
+    told = {}
+    for slow in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr("s3lab.tensors.meter._time_product", lambda dtype, slow=slow: 9.0 if dtype == slow else 1.0)
+        out = tmp_path / str(slow)
+        assert cli.main(["prune", str(half), "--spec", "2:4", "--solver", "obd", *SMALL, "--out", str(out)]) == 0
+        pruned, _ = load_model(out)
+        assert {W.dtype for W in pruned.parameters()} == {torch.bfloat16}
+        assert (pruned.model.layers[0].mlp.up_proj.weight == 0).double().mean() == 0.5
+        for dtype in ("auto", "float32", "bfloat16"):
+            capsys.readouterr()
+            measure = ["eval", str(half), "--documents", "1", "--length", "64", "--dtype", dtype]
+            assert cli.main(measure) == 0
+            told[slow, dtype] = capsys.readouterr().out
+    assert told[torch.bfloat16, "auto"] == told[torch.bfloat16, "float32"] != told[torch.bfloat16, "bfloat16"]
+    assert told[torch.float32, "auto"] == told[torch.float32, "bfloat16"]
+
+
 def test_prune_meets_a_budget_and_records_what_was_chosen_and_why(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     budget = ["--budget", "50%", "--cost", "weights", "--family", "*.mlp.*={n in 4..12}:16", "--family", "*=dense"]

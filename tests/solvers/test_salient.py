@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import s3lab as s3
+from s3lab.tensors.problem import Problem
 
 KINDS = ("4:256", "8:256", "16:256", "1%", "5%")
 
@@ -36,11 +37,29 @@ def test_every_solver_keeps_the_salient_weights_of_any_score(solver, kind):
         assert torch.equal(rest, (~salient).view(4, -1, 16).sum(-1).clamp(max=8))
 
 
-def test_a_score_alone_picks_by_itself():
+def test_a_score_alone_keeps_no_less_of_itself_than_with_its_highest_as_the_salient_ones():
     W, H = layer()
     for score in ("magnitude", "wanda", "ria", "obd"):
+        worth = s3.SOLVERS[score]().score(Problem(W, H))
         own, told = (s3.prune(W, "8:16 plus 16:256", H, score, salient=by) for by in (None, score))
-        assert torch.equal(own.mask, told.mask)
+        assert worth[own.mask].sum() > worth[told.mask].sum()
+        assert own.mask.sum() == told.mask.sum()
+
+
+@pytest.mark.parametrize(
+    "text", ["2:4 plus 16:256", "8:16 plus 16:256", "2:4@1x2 plus 16:256", "4:8@8x1 then 2:4 plus 16:256"]
+)
+@pytest.mark.parametrize("solver", ["sparsegpt", "sobs", "admm"])
+def test_weights_that_the_main_part_keeps_anyway_take_no_place_of_a_salient_one(solver, main):
+    W, H = layer(M=16)
+    own, told = (s3.prune(W, f"{main} plus 16:256", H, solver, salient=by) for by in (None, "obd"))
+    assert own.error < told.error
+
+
+def test_admm_comes_to_an_end_where_the_projection_would_move_on():
+    W, H = layer(M=16)
+    found = s3.prune(W, "2:4@1x2 plus 16:256", H, "admm")
+    assert found.stats["steps"] < 150 and found.stats["rho"] < 2 * W.shape[1]
 
 
 def test_salient_parts_of_salient_patterns_are_picked_by_the_score_too():

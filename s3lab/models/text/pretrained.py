@@ -11,6 +11,7 @@ import torch
 from s3lab.errors import DataError
 from s3lab.models.text.fetchable import FETCHABLE, find
 from s3lab.models.text.reference import REFERENCE_DIR
+from s3lab.tensors.meter import fast_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +59,19 @@ def load_model(
             "random ones: save it again with save_pretrained"
         )
     return model.to(device).eval(), tokenizer
+
+
+def to_fast_dtype(model: PreTrainedModel, device: str | torch.device = "cpu") -> torch.dtype:
+    """Turn a model of half precision to float32 if this CPU is faster in that, and return the dtype that it had.
+
+    >>> model, _ = load_model("reference")
+    >>> to_fast_dtype(model)
+    torch.bfloat16
+    """
+    stored = model.dtype
+    if (dtype := fast_dtype(stored, device)) != stored:
+        torch.nn.Module.to(model, dtype)
+    return stored
 
 
 def _find(name: str | Path) -> tuple[str, dict[str, Any]]:

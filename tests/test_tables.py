@@ -38,8 +38,8 @@ class Source:
 
 
 NAMES = {
-    "`up_proj`": "model.layers.3.mlp.up_proj",
-    "`down_proj`": "model.layers.3.mlp.down_proj",
+    "`up_proj`": "model.layers.15.mlp.up_proj",
+    "`down_proj`": "model.layers.15.mlp.down_proj",
     "S-OBS": "sobs",
     "50 % a row": "50%/row",
     "rise": "rise_percent",
@@ -63,7 +63,7 @@ REAL = "figures/smollm2/texts_smollm2.csv"
 # by the page and the heading that the table is under
 TABLES = {
     ("README.md", "What it makes: Table 1"): Source(
-        "figures/compare_single_layer.csv", ("layer", "pattern"), "solver", "error_percent"
+        "figures/smollm2/compare_single_layer.csv", ("layer", "pattern"), "solver", "error_percent"
     ),
     ("README.md", "A language model, end to end"): Source("figures/table_2.csv", ("run",)),
     ("README.md", "What it does to a real language model"): Source(

@@ -107,7 +107,7 @@ def main() -> None:
         ids = corpus.tokens(tokenizer, "calibration", args.length, args.sequences, seed)
         if (args.model, seed, "dense", "none", "none") not in done:
             told = {"seed": seed, "pattern": "dense", "solver": "none", "hessian": "none"}
-            add({**told, "perplexity": perplexity(dense, test, batch=4)})
+            add({**told, "perplexity": perplexity(dense, test)})
         runs = [run for run in product(args.patterns, args.solvers, METRICS) if (args.model, seed, *run) not in done]
         with TemporaryDirectory() as folder:
             moments = {metric: Path(folder) / metric for metric in METRICS}
@@ -121,7 +121,7 @@ def main() -> None:
                 model = deepcopy(dense)
                 s3.prune_model(model, None, pattern, solver, hessian=hessian, moments=moments[hessian], **common)
                 told = {"seed": seed, "pattern": pattern, "solver": solver, "hessian": hessian}
-                told |= {"perplexity": perplexity(model, test, batch=4)}
+                told |= {"perplexity": perplexity(model, test)}
                 add(told | {f"error_{m}_percent": measure_errors(dense, model, moments[m]) for m in METRICS})
 
 

@@ -182,7 +182,7 @@ def test_perplexity_of_an_indifferent_model_is_its_vocabulary():
     model = pretraining.build(TINY)
     torch.nn.init.zeros_(next(model.parameters()))  # the tied embeddings: every logit becomes zero
     model.train()
-    assert perplexity(model, torch.arange(32).view(2, 16), batch=1) == pytest.approx(TINY.vocab)
+    assert perplexity(model, torch.arange(32).view(2, 16)) == pytest.approx(TINY.vocab)
     assert model.training
 
 

@@ -102,7 +102,7 @@ class Crossing:
         pruned_s = time.perf_counter() - began
         for name, (_, test) in self.texts.items():
             ids = corpus.tokens(tokenizer, "test", self.length, self.windows, self.seed, test)
-            figures[f"{name}_perplexity"] = perplexity(model, ids.to(self.device), batch=8)
+            figures[f"{name}_perplexity"] = perplexity(model, ids.to(self.device))
         told = {f"prompt_{n}": _go_on(model, tokenizer, prompt, tokens) for n, prompt in enumerate(prompts)}
         return figures | {"time_s": pruned_s, **told}
 

@@ -75,7 +75,7 @@ class Recovery:
     def _measure_dense(self) -> dict[str, Any]:
         from s3lab.models.text.reference import perplexity
 
-        found = {f"{name}_perplexity": perplexity(self.dense[0], ids, 4) for name, ids in self.tests.items()}
+        found = {f"{name}_perplexity": perplexity(self.dense[0], ids) for name, ids in self.tests.items()}
         return {"pattern": "dense", "solver": "", "method": "dense", "step": 0, **found}
 
     def _tune(self, told: Mapping[str, str], tuning: Tuning, distil: bool) -> list[dict[str, Any]]:

@@ -204,7 +204,7 @@ class Stacking:
         found = {}
         for name, (_, test) in self.texts.items():
             ids: Tensor = corpus.tokens(self._loaded[1], "test", self.length, self.windows, 0, test)
-            found[f"{name}_perplexity"] = perplexity(model, ids.to(self.device), batch=8)
+            found[f"{name}_perplexity"] = perplexity(model, ids.to(self.device))
         return found
 
 

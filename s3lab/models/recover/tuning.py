@@ -180,7 +180,7 @@ class Training:
     def measure(self, loss: float | None) -> None:
         """Add a row, and keep the weights if they are the best."""
         with self.autocast():
-            found = {f"{name}_perplexity": perplexity(self.model, ids, 4) for name, ids in self.held_out.items()}
+            found = {f"{name}_perplexity": perplexity(self.model, ids) for name, ids in self.held_out.items()}
         if not all(map(isfinite, found.values())):
             raise SolveError(f"the perplexity is {found[self.judge]} at step {self.step}: lower lr={self.tuning.top:g}")
         self.rows.append({"step": self.step, "loss": loss, **found})

@@ -130,7 +130,7 @@ class Perplexities:
         key = " ".join(map(str, rungs))
         if key not in self.known:
             self._put(rungs)
-            self.known[key] = perplexity(self.model, self.windows, batch=8)
+            self.known[key] = perplexity(self.model, self.windows)
             write(self.path, json.dumps(self.known).encode())
         return self.known[key]
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REFERENCE_DIR = Path(__file__).parent / "weights" / "reference"
+_TOKENS = 1024  # that are passed at a time to be measured
+_NONE = -100  # the target of a token that has none
 
 
 def load_reference(
@@ -43,20 +45,23 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) 
     part.rmdir()
 
 
-def perplexity(model: nn.Module, ids: Tensor, batch: int = 16) -> float:
+def perplexity(model: nn.Module, ids: Tensor) -> float:
     """Return exp of the mean negative log-likelihood of all tokens but the first of each window.
 
-    ids (N, L) int64, on any device; the model is left in the mode it was in.
+    ids (N, L) int64, on any device; the model is left in the mode it was in.  Windows are passed a few at a time, as
+    the logits of all their tokens are there at once.
     """
     device, training = next(model.parameters()).device, model.training
     model.eval()
     with torch.inference_mode():
-        losses = torch.stack([next_token_loss(model, part.to(device), "sum").double() for part in ids.split(batch)])
+        parts = ids.split(max(1, _TOKENS // ids.shape[1]))
+        losses = torch.stack([next_token_loss(model, part.to(device), "sum").double() for part in parts])
     model.train(training)
     return (losses.sum() / ids[:, 1:].numel()).exp().item()
 
 
 def next_token_loss(model: nn.Module, ids: Tensor, reduction: str) -> Tensor:
     """Return the cross entropy of all tokens (N, L) but the first of each window, in float32, "mean" or "sum"."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction=reduction)
+    logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()  # a copy would take as long as the loss
+    targets = functional.pad(ids[:, 1:], (0, 1), value=_NONE).flatten()
+    return functional.cross_entropy(logits, targets, ignore_index=_NONE, reduction=reduction)

@@ -1,0 +1,58 @@
+"""Which weights to take as salient: those that the main pattern would let go, or those of the highest score.
+
+    python benchmarks/study_salient.py
+
+On four matrices of the reference model and three generated layers, every solver, errors on calibration and held-out
+tokens: ``own`` with the salient blocks that a solver finds, ``highest`` with those of OBD's highest scores, as the
+paper picks them.  Writes benchmarks/results/salient.csv and prints the ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+from facts import describe
+from tqdm import tqdm
+
+import s3lab as s3
+from s3lab.files import write
+from s3lab.models.measure.layers import Layer, generate_layer, layers_of_model
+from s3lab.models.text import corpus
+from s3lab.models.text.reference import load_reference
+
+RESULTS = Path(__file__).parent / "results" / "salient.csv"
+MAINS = ["2:4", "8:16", "2:4@1x2", "4:8@16x1 then 2:4"]
+SALIENT = "16:256"
+SOLVERS = ["wanda", "obd", "sparsegpt", "sobs", "admm"]
+NAMES = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+def draw_layers() -> Iterator[Layer]:
+    model, tokenizer = load_reference()
+    ids = [corpus.tokens(tokenizer, split, 256, count, 0) for split, count in (("calibration", 100), ("test", 30))]
+    yield from layers_of_model(model, *ids, [f"model.layers.3.{name}" for name in NAMES])
+    for decay in (0.5, 1.0, 1.5):
+        yield generate_layer(128, 512, 4096, decay=decay)
+
+
+def main() -> None:
+    facts, rows = {"damp": 1e-2, "seed": 0, **describe()}, []
+    for layer in tqdm(draw_layers(), total=len(NAMES) + 3):
+        for pattern, solver in product(MAINS, SOLVERS):
+            row = {"layer": layer.name, "pattern": f"{pattern} plus {SALIENT}", "solver": solver}
+            for way, score in (("own", None), ("highest", "obd")):
+                found = s3.prune(layer.W, row["pattern"], layer.H, solver, H_test=layer.H_test, salient=score)
+                row |= {f"{way}_error": found.error, f"{way}_error_test": found.error_test}
+            rows.append(row | facts)
+        write(RESULTS, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g").encode())
+    table = pd.DataFrame(rows)
+    for split in ("error", "error_test"):
+        ratio = table[f"own_{split}"] / table[f"highest_{split}"]
+        print(split, ratio.groupby([table["pattern"], table["solver"]]).agg(["mean", "max"]).round(3), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -83,6 +83,9 @@ TABLES = {
     ),
     ("docs/training.md", "What a step takes"): Source("benchmarks/results/time_training_step.csv", ("method",)),
     ("docs/packing.md", "A whole model, against rounding"): Source("figures/weigh_reference.csv", ("model",)),
+    ("docs/solvers.md", "Salient weights"): Source(
+        "benchmarks/results/salient_gain.csv", ("pattern",), "solver", "gain_error_mean"
+    ),
     ("docs/how-to/prune-my-model.md", "Weighted by the loss"): Source(
         f"{LOSS}_gain.csv", ("pattern", "solver"), where=(("model", "reference"),)
     ),

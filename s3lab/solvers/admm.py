@@ -55,8 +55,9 @@ class ADMM(Solver):
     max_steps
         iterations after which the support is taken as it is.
 
-    Cost: the two triangular solves of an iteration, an M×K×K product's worth, and a K×K Cholesky for each ρ; 11 to
-    57 and 4 to 19 of them with "balanced" on generated layers.  Raises SolveError for options that cannot be.
+    Cost: an M×K×K product for an iteration, or two triangular solves where there are fewer rows than inputs, and a K×K
+    Cholesky for each ρ; 11 to 57 and 4 to 19 of them with "balanced" on generated layers.  Raises SolveError for options
+    that cannot be.
     Source: Boyd et al., *Distributed Optimization and Statistical Learning via ADMM*, 2011, section 9.1; with the fit
     at the end for pruning, Meng et al., *ALPS*, 2024.
 
@@ -173,6 +174,9 @@ class _State:
         shifted = self.H.clone()
         shifted.diagonal().add_(self.rho)
         self.factor = torch.linalg.cholesky(shifted)
+        # products take half the time of triangular solves, which pays for an inverse where there are many rows; what
+        # it loses in rounding moves the support of the loop and not the fit on it
+        self.inverse = torch.cholesky_inverse(self.factor) if len(self.D) >= len(self.H) else None
 
     def raise_rho(self, growth: float) -> None:
         """Raise ρ and keep the dual V as it is, so that V/ρ shrinks."""
@@ -182,17 +186,22 @@ class _State:
     def advance(self) -> Tensor:
         """Solve for Ŵ and return the scores that the pattern is chosen by: squares, and more for what is held."""
         pull = torch.sub(self.D, self.U).mul_(self.rho).add_(self.goal)
-        half = solve_triangular(self.factor, pull.T, upper=False)  # cholesky_solve would copy the factor each time
-        self.sum = solve_triangular(self.factor.mT, half, upper=True).T.add_(self.U)
-        held = torch.rand(len(self.grip), generator=self.random, device="cpu") < self.grip
-        held = held.to(self.kept.device)[self.pieces]
-        return self.sum.square().mul_(1 + (_FIRM - 1) * (self.kept & held))
+        if self.inverse is not None:
+            self.sum = torch.addmm(self.U, pull, self.inverse)
+        else:
+            half = solve_triangular(self.factor, pull.T, upper=False)  # cholesky_solve would copy the factor each time
+            self.sum = solve_triangular(self.factor.mT, half, upper=True).T.add_(self.U)
+        scores = self.sum.square()
+        held = (torch.rand(len(self.grip), generator=self.random, device="cpu") < self.grip).to(scores.device)
+        columns = held[self.pieces].nonzero()[:, 0]
+        scores[:, columns] *= torch.where(self.kept[:, columns], _FIRM, 1.0)
+        return scores
 
     def split(self, mask: Tensor) -> None:
         """Let D be the sum on the support, and the scaled dual U + Ŵ − D, which is the sum off it."""
         self.kept = mask
-        self.U = self.sum * ~mask
-        self.D = self.sum.mul_(mask)
+        self.D = self.sum * mask
+        self.U = self.sum.sub_(self.D)
 
     def fit(self, mask: Tensor) -> Fit:
         return Refit()(self.problem, mask, start=self.D / self.unit)

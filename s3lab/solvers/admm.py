@@ -55,9 +55,9 @@ class ADMM(Solver):
     max_steps
         iterations after which the support is taken as it is.
 
-    Cost: an M×K×K product for an iteration, or two triangular solves where there are fewer rows than inputs, and a K×K
-    Cholesky for each ρ; 11 to 57 and 4 to 19 of them with "balanced" on generated layers.  Raises SolveError for options
-    that cannot be.
+    Cost: an M×K×K product an iteration, or two triangular solves where there are fewer rows than inputs, and a K×K
+    Cholesky for each ρ; 11 to 57 and 4 to 19 of them with "balanced" on generated layers.  Raises SolveError for
+    options that cannot be.
     Source: Boyd et al., *Distributed Optimization and Statistical Learning via ADMM*, 2011, section 9.1; with the fit
     at the end for pruning, Meng et al., *ALPS*, 2024.
 

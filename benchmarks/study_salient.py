@@ -7,8 +7,8 @@ On four matrices of the reference model and three generated layers, every solver
 tokens: ``own`` with the salient blocks that a solver finds, ``highest`` with those of OBD's highest scores, as the
 paper picks them.  Writes benchmarks/results/salient.csv, and how much lower the former are, salient_gain.csv.
 
-With a model, its perplexity on the built-in text with and without salient weights, into salient_model.csv; rows that are
-finished are kept in --folder.
+With a model, its perplexity on the built-in text with and without salient weights, into salient_model.csv; rows that
+are finished are kept in --folder.
 """
 
 from __future__ import annotations

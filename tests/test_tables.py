@@ -75,6 +75,9 @@ TABLES = {
     ("README.md", "Other patterns"): Source(
         REAL, ("pattern",), "method", "documentation_perplexity", (("calibrated_on", "documentation"),)
     ),
+    ("README.md", "Salient weights"): Source(
+        "benchmarks/results/salient_model.csv", ("pattern",), "method", "documentation_perplexity"
+    ),
     ("README.md", "Beyond 2:4: weights, inputs, corrections"): Source(
         PATTERNS, ("solver",), "pattern", "perplexity", PLAIN
     ),

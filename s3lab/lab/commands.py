@@ -101,18 +101,14 @@ def prune(options: argparse.Namespace) -> int:
 def tune(options: argparse.Namespace) -> int:
     """Train what a pruned model has kept."""
     need("transformers", "tqdm")
-    import torch
-
     from s3lab.folder import claim
     from s3lab.models.recover.tune import Tuning, save_tuned, tune_model
     from s3lab.models.storage.checkpoint import read_record
     from s3lab.models.text.corpus import hold_out, tokens
-    from s3lab.models.text.pretrained import load_model
-    from s3lab.tensors.meter import fast_dtype
+    from s3lab.models.text.pretrained import load_model, to_fast_dtype
 
-    given = ("method", "steps", "tokens", "batch", "lr", "warmup", "every", "patience", "recompute", "seed")
-    dtype = options.dtype if options.dtype != "auto" else str(fast_dtype(torch.bfloat16, options.device))[6:]
-    tuning = Tuning(**{name: getattr(options, name) for name in given}, dtype=dtype, loss=tuple(options.loss or ()))
+    given = ("method", "steps", "tokens", "batch", "lr", "warmup", "every", "patience", "dtype", "recompute", "seed")
+    tuning = Tuning(**{name: getattr(options, name) for name in given}, loss=tuple(options.loss or ()))
     folder, out = Path(options.model), Path(options.out)
     matrices = read_record(folder)["matrices"]
     if out.resolve() == folder.resolve():
@@ -120,6 +116,8 @@ def tune(options: argparse.Namespace) -> int:
     with claim(out, options.force):
         model, tokenizer = load_model(folder, device=options.device)
         teacher = load_model(options.teacher, device=options.device)[0] if options.teacher else None
+        if teacher and options.dtype == "auto":
+            to_fast_dtype(teacher, options.device)
         length, windows, seed = options.length, options.windows, options.seed
         count = options.sequences and options.sequences + windows
         ids, own = hold_out(tokens(tokenizer, "train", length, count, seed, options.text), windows, seed)

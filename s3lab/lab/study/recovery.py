@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import s3lab
 from s3lab.lab.run.fresh import hash_source
 from s3lab.lab.study.recall import recall
@@ -17,7 +19,7 @@ from s3lab.models.recover.tune import tune_model
 from s3lab.models.recover.tuning import Tuning
 from s3lab.models.storage.checkpoint import read_record, save_pruned
 from s3lab.models.text import corpus
-from s3lab.models.text.pretrained import load_model
+from s3lab.models.text.pretrained import load_model, to_fast_dtype
 from s3lab.tensors.meter import Meter
 
 if TYPE_CHECKING:
@@ -64,7 +66,9 @@ class Recovery:
     @cached_property
     def dense(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The dense model and its tokenizer."""
-        return load_model(self.model)
+        model, tokenizer = load_model(self.model)
+        to_fast_dtype(model)
+        return model, tokenizer
 
     @cached_property
     def tests(self) -> dict[str, Any]:
@@ -86,6 +90,7 @@ class Recovery:
             model, tokenizer = deepcopy(self.dense[0]), self.dense[1]
             options = {"calibration": text, "sequences": self.sequences, "length": self.length, "seed": self.seed}
             run = prune_model(model, tokenizer, told["pattern"], told["solver"], progress=False, **options)
+            torch.nn.Module.to(model, model.config.dtype)  # as it was stored
             folder.mkdir(parents=True, exist_ok=True)
             save_pruned(model, tokenizer, folder, run)
         model, tokenizer = load_model(folder)

@@ -21,6 +21,7 @@ from s3lab.models.recover.distil import find_loss
 from s3lab.models.structure.decoder import find_decoder
 from s3lab.models.text.pretraining import pace
 from s3lab.models.text.reference import perplexity
+from s3lab.tensors.meter import fast_dtype
 from s3lab.training.base import Method
 from s3lab.training.fixed import Fixed
 from s3lab.training.lora import LoRA
@@ -32,18 +33,19 @@ if TYPE_CHECKING:
 MOMENTS = "exp_avg", "exp_avg_sq"  # of AdamW
 # What keeps the mask, with the highest learning rate that each takes if none is given.
 TUNERS: dict[str, tuple[type[Method], float]] = {"fixed": (Fixed, 3e-4), "spp": (SPP, 1e-2), "lora": (LoRA, 1e-3)}
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("auto", "bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """How a pruned model is tuned: AdamW without weight decay, gradients clipped to the norm 1.
 
-    A step sees ``tokens`` tokens, ``batch`` sequences at a time, whose products are in ``dtype``; the rate rises to
-    ``lr`` over a share ``warmup`` of the ``steps`` and falls by a half cosine, `reference.pace`.  ``method`` is one of
-    `TUNERS`, with its own rate if ``lr`` is None.  ``loss`` has the terms of `distil.find_loss`; without any they are
-    "text", and with a teacher "logits".  Every ``every`` steps, and at the end, held-out text is measured
-    and a checkpoint left; the tuning ends early when ``patience`` measurements in a row were no better than the best.
+    A step sees ``tokens`` tokens, ``batch`` sequences at a time, whose products are in ``dtype``, of which "auto" is
+    bfloat16, or float32 on a CPU where that is faster; the rate rises to ``lr`` over a share ``warmup`` of the
+    ``steps`` and falls by a half cosine, `reference.pace`.  ``method`` is one of `TUNERS`, with its own rate if ``lr``
+    is None.  ``loss`` has the terms of `distil.find_loss`; without any they are "text", and with a teacher "logits".
+    Every ``every`` steps, and at the end, held-out text is measured and a checkpoint left; the tuning ends early when
+    ``patience`` measurements in a row were no better than the best.
     ``recompute`` keeps the activations of decoder layers no longer than needed, for a forward pass more.
 
     Raises SolveError for options that cannot be.
@@ -61,7 +63,7 @@ class Tuning:
     loss: tuple[str, ...] = ()
     every: int = 20
     patience: int = 5
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     recompute: bool = False
     seed: int = 0
 
@@ -174,7 +176,8 @@ class Training:
 
     def autocast(self) -> torch.autocast:
         """Products in the dtype of the tuning."""
-        dtype = getattr(torch, self.tuning.dtype)
+        told = self.tuning.dtype
+        dtype = fast_dtype(torch.bfloat16, self.device) if told == "auto" else getattr(torch, told)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def measure(self, loss: float | None) -> None:

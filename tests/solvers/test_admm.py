@@ -168,3 +168,13 @@ def test_inputs_without_correlation_leave_inertia_no_hold(text):
 def test_bad_options_are_refused(options):
     with pytest.raises(s3.SolveError, match=str(next(iter(options)))):
         s3.ADMM(**options)
+
+
+@pytest.mark.parametrize("text", ["2:4", "8:16", "block16"])
+def test_many_rows_are_solved_for_as_few_are(text):
+    """Iterations of parts that know nothing of each other: by products where rows are many, by solves where few."""
+    layer = generate_layer(128, 64, 512)
+    some = s3.ADMM(max_steps=4, inertia=0.0)
+    whole = s3.prune(layer.W, text, layer.H, some)
+    parts = [s3.prune(rows, text, layer.H, some).mask for rows in layer.W.split(32)]
+    assert (whole.mask != torch.cat(parts)).double().mean() < 1e-3

@@ -1,8 +1,9 @@
 """A language model pruned by magnitude, packed, and loaded again by transformers: bytes, perplexity, tokens a second.
 
-    python benchmarks/pack_model.py [--model smollm2] [--patterns 2:4 8:16] [--solver magnitude] [--threads 2]
+    python benchmarks/pack_model.py [--model smollm2] [--patterns 2:4 8:16] [--wraps 0 8] [--solver magnitude]
 
-Writes benchmarks/results/packed_model.csv, a row for each pattern, and a first one for the dense model.  All is in
+Writes benchmarks/results/packed_model.csv, a row for the dense model, and for each pattern, its core alone (0) and
+between blocks of a size.  All is in
 bfloat16; bytes are those of the tensors of a file, matrices of the decoder layers and embeddings apart, and of the file
 as a whole.  Each model is measured in a process of its own: perplexity over 20 windows of 256 tokens of the built-in
 test text, and tokens a second, the median of those that it writes one after the other with a cache; --tokens 0 leaves
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -82,15 +84,16 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     dense, tokenizer = load_model(args.model, torch.bfloat16)
     calibration = corpus.tokens(tokenizer, "calibration", LENGTH, args.sequences, 0)
     rows: list[dict[str, Any]] = []
-    for pattern in ["1:1", *args.patterns]:
+    for pattern, block in [("1:1", 0), *product(args.patterns, args.wraps)]:
         model = deepcopy(dense)
-        pruning = s3.prune_model(model, None, pattern, args.solver, calibration=calibration, progress=False)
+        wrap = s3.Wrap(block=block) if block else None
+        pruning = s3.prune_model(model, None, pattern, args.solver, wrap=wrap, calibration=calibration, progress=False)
         with TemporaryDirectory() as home:
             pruned, packed = Path(home) / "pruned", Path(home) / "packed"
             save_pruned(model, tokenizer, pruned, pruning)
             before = measure_apart(pruned, args)
             sizes = count_bytes(pruned)
-            row = {"pattern": "dense" if pattern == "1:1" else pattern, **sizes, **before, "weight_bits": 16.0}
+            row = {"pattern": "dense" if pattern == "1:1" else pattern, "wrap": block, **sizes, **before, "weight_bits": 16.0}
             if pattern != "1:1":
                 left = pack_model(pruned, packed)
                 after, lines = measure_apart(packed, args), [line for line in weigh(packed) if line.spec]
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "file_bytes": sum(path.stat().st_size for path in find_files(packed)),
                     "matrix_bytes": sum(line.bytes for line in lines),
                     "weight_bits": 8 * sum(line.bytes for line in lines) / weights,
-                    "theory_bits": lines[0].theory,
+                    "theory_bits": sum(line.theory * line.dense for line in lines if line.theory) / 2 / weights,
                     "left_dense": len(left),
                     **{f"unpacked_{key}": value for key, value in before.items() if key != "packed_layers"},
                     **after,
@@ -119,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--patterns", nargs="+", default=["2:4", "8:16"])
+    parser.add_argument("--wraps", nargs="+", type=int, default=[0])
     parser.add_argument("--solver", default="magnitude")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,9 +1,10 @@
 """Packed weights in safetensors files: names, the text that describes them, and its checks.
 
 A matrix ``NAME.weight`` becomes ``NAME.values``, ``NAME.index`` and, where values are rounded, ``NAME.scales``; of a
-coupling the first matrix has the index.  What is not packed stands as ever.  The header of each file has, under
-``s3lab``, a text in JSON: the version of the layout, for each packed weight its spec, names, shapes, dtype and counts,
-and the SHA-256 of every tensor; and under ``s3lab.seal`` the SHA-256 of that text.
+coupling the first matrix has the index.  ``NAME.left`` and ``NAME.right`` are the blocks around a wrapped core.  What
+is not packed stands as ever.  The header of each file has, under ``s3lab``, a text in JSON: the version of the layout,
+for each packed weight its spec, names, shapes, dtype and counts, and the SHA-256 of every tensor; and under
+``s3lab.seal`` the SHA-256 of that text.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from s3lab.errors import DataError
 from s3lab.files import replacing, write
 from s3lab.packing.codec import Packed
 from s3lab.packing.values import Values
+from s3lab.tensors.wraps import Wraps
 
-VERSION = 1
+VERSION = 2  # 1 has no wrapped cores, and is read, too
 TEXT, SEAL = "s3lab", "s3lab.seal"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -37,12 +39,14 @@ _STORED = {"same": None, "int8": torch.int8, "int4": torch.uint8}
 class Entry:
     """One packed weight, or several of a coupling, and the ``names`` of its matrices by those that its pattern has.
 
-    The tensors ``NAME.weight`` of those in ``transposed`` were (K, M).
+    The tensors ``NAME.weight`` of those in ``transposed`` were (K, M).  ``wraps`` are what surrounds the weight, if
+    that is the core of a wrapped matrix.
     """
 
     packed: Packed
     names: Mapping[str, str]
     transposed: frozenset[str] = frozenset()
+    wraps: Wraps | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is stored, by name."""
@@ -52,6 +56,8 @@ class Entry:
             found[f"{name}.values"] = values.data
             if values.scales is not None:
                 found[f"{name}.scales"] = values.scales
+            if self.wraps is not None:
+                found |= {f"{name}.{side}": blocks for side, blocks in self.wraps._asdict().items()}
         return found | {f"{next(iter(self.names.values()))}.index": self.packed.index}
 
     def unpack(self) -> dict[str, Tensor]:
@@ -59,6 +65,7 @@ class Entry:
         found = {}
         for key, name in self.names.items():
             W = self.packed.unpack_one(key)
+            W = W if self.wraps is None else self.wraps.around(W)
             found[f"{name}.weight"] = W.T.contiguous() if name in self.transposed else W
         return found
 
@@ -74,6 +81,7 @@ class Entry:
             "values": first.kind,
             "group": first.group,
             "transposed": sorted(self.transposed),
+            "wrap": None if self.wraps is None else self.wraps.block,
         }
 
     @classmethod
@@ -87,7 +95,9 @@ class Entry:
             values[key] = Values(kind, dtype, int(told["kept"][key]), data, scales, int(told["group"]))
         index = _expect(tensors, f"{next(iter(names.values()))}.index", torch.uint8)
         shapes = {key: (int(shape[0]), int(shape[1])) for key, shape in told["shapes"].items()}
-        return cls(Packed(parse(told["spec"]), shapes, values, index), names, frozenset(told["transposed"]))
+        packed = Packed(parse(told["spec"]), shapes, values, index)
+        wraps = _read_wraps(told, tensors, dtype) if told.get("wrap") else None
+        return cls(packed, names, frozenset(told["transposed"]), wraps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,9 +197,9 @@ def read_header(metadata: Mapping[str, str], path: Path) -> Header:
         raise DataError(f"the header of {path} is not as it was written: the file is damaged, pack the model again")
     with _structured(path):
         told = json.loads(text)
-        if told["version"] != VERSION:
+        if told["version"] not in range(1, VERSION + 1):
             raise DataError(
-                f"{path} has version {told['version']!r} of the layout and this s3lab reads version {VERSION}: install "
+                f"{path} has version {told['version']!r} of the layout and this s3lab reads 1 to {VERSION}: install "
                 "the s3lab that packed it, or pack the model again"
             )
         header = Header(list(told["entries"]), dict(told["sha256"]))
@@ -242,8 +252,22 @@ def _structured(path: Path) -> Iterator[None]:
 def _parts(told: Mapping[str, Any]) -> set[str]:
     """The names of the tensors of an entry."""
     names = list(told["names"].values())
-    kinds = ("values",) if told["values"] == "same" else ("values", "scales")
+    kinds = ["values", *(["scales"] if told["values"] != "same" else []), *(Wraps._fields if told.get("wrap") else [])]
     return {f"{name}.{kind}" for name in names for kind in kinds} | {f"{names[0]}.index"}
+
+
+def _read_wraps(told: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Wraps:
+    """The blocks around the one weight of an entry; DataError where they do not fit it."""
+    ((key, name),) = told["names"].items()
+    block, found = int(told["wrap"]), []
+    for side, size in zip(Wraps._fields, told["shapes"][key], strict=True):
+        blocks, shape = tensors[f"{name}.{side}"], (int(size) // block, block, block)
+        if blocks.dtype != dtype or tuple(blocks.shape) != shape or shape[0] * block != size:
+            raise DataError(
+                f"{name}.{side} is {blocks.dtype} of shape {tuple(blocks.shape)}: expected {dtype}, {shape}"
+            )
+        found.append(blocks)
+    return Wraps(*found)
 
 
 def _expect(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:

@@ -15,8 +15,9 @@ from s3lab.packing.codec import Packed
 from s3lab.packing.file import Entry
 from s3lab.packing.rows import Rows
 from s3lab.packing.values import Values
+from s3lab.tensors.wraps import Wraps
 
-BUFFERS = "values", "scales", "index"
+BUFFERS = "values", "scales", "index", *Wraps._fields
 _TILE = 1 << 25  # weights that are unpacked at a time
 
 
@@ -24,9 +25,10 @@ class PackedLinear(nn.Module):
     """y = x Wᵀ + b, or y = x W + b of a Conv1D layer, with W packed: ``told`` is what `file.Entry` says of it.
 
     The buffers are those of a file, so that the state of a model is what is stored: ``values``, ``scales`` if they are
-    rounded, ``index``.  In a coupling the first matrix has the index, and the others have its layer as ``leader``.
-    The weight is laid out to run (`rows.Rows`) when it is first needed, and unpacked for each product by tiles of
-    rows, just as it was.  Buffers may come later, as on the meta device.
+    rounded, ``index``, and ``left`` and ``right`` around a core: then W = A S B, and S is what is packed.  In a
+    coupling the first matrix has the index, and the others have its layer as ``leader``. The weight is laid out to run
+    (`rows.Rows`) when it is first needed, and unpacked for each product by tiles of rows, just as it was.  Buffers may
+    come later, as on the meta device.
 
     >>> from s3lab.packing.codec import pack
     >>> W = torch.tensor([[1.0, 0, 2, 0], [0, 0, 3, 4]])
@@ -41,6 +43,8 @@ class PackedLinear(nn.Module):
     values: Tensor
     scales: Tensor | None
     index: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class PackedLinear(nn.Module):
         """Return the layer of one matrix of an entry."""
         values = entry.packed.values[key]
         own = {"values": values.data, "scales": values.scales, "index": None if leader else entry.packed.index}
+        own |= {} if entry.wraps is None else entry.wraps._asdict()
         found = {name: tensor for name, tensor in own.items() if tensor is not None}
         return cls(entry.describe(), key, found, bias, leader=leader)
 
@@ -95,6 +100,11 @@ class PackedLinear(nn.Module):
         return self._rows
 
     @property
+    def wraps(self) -> Wraps | None:
+        """What surrounds the core, None where the weight is the core."""
+        return None if self.left is None or self.right is None else Wraps(self.left, self.right)
+
+    @property
     def laid_out(self) -> tuple[Rows, gpu.Form | None]:
         """The weight as it is held to run, beside the buffers: by rows, and as a GPU's tensor cores take it."""
         return self.rows, self._form
@@ -103,13 +113,13 @@ class PackedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight as the layer had it, unpacked: what is written into it changes nothing."""
         W = self.rows.unpack(0, self.rows.shape[0])
+        W = W if self.wraps is None else self.wraps.around(W)
         return W.T if self.transposed else W
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of the buffers by weight; what a coupling shares is counted where it is."""
-        stored = sum(t.numel() * t.element_size() for t in (self.values, self.scales, self.index) if t is not None)
-        return 8 * stored / (self.in_features * self.out_features)
+        return 8 * sum(buffer.nbytes for buffer in self.buffers()) / (self.in_features * self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, M) of x (…, K).
@@ -123,7 +133,7 @@ class PackedLinear(nn.Module):
             flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
             return flat.view(*x.shape[:-1], self.out_features)
         rows, step = self.rows.shape[0], max(1, _TILE // self.in_features)
-        if self.transposed or rows <= step:
+        if self.transposed or rows <= step or self.wraps is not None:
             return linear(x, self.weight, self.bias)
         parts = [linear(x, self.rows.unpack(first, min(rows, first + step))) for first in range(0, rows, step)]
         y = torch.cat(parts, -1)
@@ -143,7 +153,8 @@ class PackedLinear(nn.Module):
         if self.conv1d or self.transposed:
             return "unpacked for each product"
         rows = self.rows
-        return gpu.tell(rows, self._form) if gpu.is_gpu(self.values.device) else decode.tell(rows)
+        told = gpu.tell(rows, self._form) if gpu.is_gpu(self.values.device) else decode.tell(rows)
+        return told if self.wraps is None else f"{told}, between blocks of {self.wraps.block}"
 
     def _decode(self, x: Tensor) -> Tensor | None:
         """y for a few tokens that follow no other in x, where that is faster than to unpack."""
@@ -154,10 +165,12 @@ class PackedLinear(nn.Module):
             return None
         if torch.is_grad_enabled() and x.requires_grad:
             return None
-        rows, flat = self.rows, x.reshape(tokens, -1)
+        rows, flat, wraps = self.rows, x.reshape(tokens, -1), self.wraps
+        flat = flat if wraps is None else wraps.before(flat)
         y = gpu.multiply(rows, self._form, flat) if gpu.is_gpu(x.device) else decode.multiply(rows, flat)
         if y is None:
             return None
+        y = y if wraps is None else wraps.after(y.to(x.dtype))
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 

@@ -17,7 +17,8 @@ from s3lab.packing.rows import Rows
 
 @dataclass(frozen=True)
 class Line:
-    """A tensor of a packed file: the bytes of its ``values``, with their scales, and of its ``index``.
+    """A tensor of a packed file: the bytes of its ``values``, with their scales, of its ``index``, and of the ``wraps``
+    around it, if it is a core.
 
     ``size`` is that of a weight in bytes, were it dense.  Of a packed matrix ``bits`` are those by weight, as stored,
     ``theory`` those that the algebra counts, and ``path`` says how products with it are computed on this machine.  The
@@ -31,6 +32,7 @@ class Line:
     values: int
     spec: str = ""
     index: int = 0
+    wraps: int = 0
     bits: float | None = None
     theory: float | None = None
     path: str = ""
@@ -38,7 +40,7 @@ class Line:
     @property
     def bytes(self) -> int:
         """All of it."""
-        return self.values + self.index
+        return self.values + self.index + self.wraps
 
     @property
     def dense(self) -> int:
@@ -49,7 +51,7 @@ class Line:
     def cells(self) -> tuple[str, ...]:
         """A row of a table."""
         figures = ("" if figure is None else f"{figure:.4f}" for figure in (self.bits, self.theory))
-        sizes = f"{self.values:,}", f"{self.index:,}" if self.spec else ""
+        sizes = f"{self.values:,}", f"{self.index:,}" if self.spec else "", f"{self.wraps:,}" if self.wraps else ""
         return self.name, "×".join(map(str, self.shape)), self.kind, self.spec, *sizes, *figures
 
 
@@ -76,13 +78,13 @@ def summarise(lines: list[Line]) -> str:
 def report(lines: list[Line]) -> str:
     """Return a table of what each tensor takes, the sums by part, a sentence, and how products are computed."""
     packed = [line for line in lines if line.spec]
-    values, index = sum(line.values for line in packed), sum(line.index for line in packed)
+    values, index, wraps = (sum(getattr(line, part) for line in packed) for part in ("values", "index", "wraps"))
     rest = sum(line.values for line in lines if not line.spec)
     rows = [
-        ("tensor", "shape", "values", "spec", "values, B", "index, B", "bits", "theory"),
+        ("tensor", "shape", "values", "spec", "values, B", "index, B", "wraps, B", "bits", "theory"),
         *(line.cells for line in lines),
-        ("all that is packed", "", "", "", f"{values:,}", f"{index:,}", "", ""),
-        ("all that is dense", "", "", "", f"{rest:,}", "", "", ""),
+        ("all that is packed", "", "", "", f"{values:,}", f"{index:,}", f"{wraps:,}", "", ""),
+        ("all that is dense", "", "", "", f"{rest:,}", "", "", "", ""),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     texts = []
@@ -95,6 +97,8 @@ def report(lines: list[Line]) -> str:
 
 def _weigh(entry: Entry) -> Iterator[Line]:
     packed = entry.packed
+    around = 0 if entry.wraps is None else sum(blocks.nbytes for blocks in entry.wraps)
+    extra = 8 * around / packed.weights
     for number, (key, name) in enumerate(entry.names.items()):
         values, first = packed.values[key], number == 0
         yield Line(
@@ -105,8 +109,9 @@ def _weigh(entry: Entry) -> Iterator[Line]:
             values.bytes,
             str(packed.pattern),
             len(packed.index) if first else 0,
-            packed.bits_per_weight if first else None,
-            packed.theory_bits if first else None,
+            around,
+            packed.bits_per_weight + extra if first else None,
+            packed.theory_bits + extra if first else None,
             tell(Rows.of(packed.places[key], values)),
         )
 

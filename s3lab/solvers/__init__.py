@@ -34,6 +34,7 @@ from s3lab.tensors.meter import Meter
 from s3lab.tensors.problem import Problem, measure
 from s3lab.tensors.processes import ProcessGroup, find_processes
 from s3lab.tensors.shard import over_rows
+from s3lab.tensors.units import shift
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "magnitude": Magnitude,
@@ -177,14 +178,16 @@ def wrap(
     *,
     H_test: Float[Tensor, "K K"] | None = None,
     damp: float = 1e-2,
+    outputs: Float[Tensor, " M"] | None = None,
     options: Wrap | None = None,
     block: int | None = None,
 ) -> Wrapped:
     """Return W ≈ A S B with block-diagonal A and B and a core S whose mask satisfies a spec, as `Wrap` finds it.
 
-    From what ``solver`` finds, and never above its damped loss; H, H_test and ``damp`` are as in `prune`.  ``options``
-    are those of the descent, ``block`` their size of a block alone.  A, S and B come in the dtype of W, and the errors
-    are those of their product so rounded.
+    From what ``solver`` finds, and never above its damped loss; H, H_test, ``damp`` and ``outputs`` are as in `prune`.
+    ``options`` are those of the descent, ``block`` their size of a block alone.  A, S and B come in the dtype of W, and
+    the errors are those of their product so rounded.  An output that counts nothing still counts a millionth of the
+    largest.
 
     Raises ShapeError where blocks do not divide W, SpecError for a spec that does not fit or couples tensors, and
     SolveError as `prune` does.
@@ -199,16 +202,19 @@ def wrap(
         raise SpecError(f"{spec} couples tensors: one weight is wrapped at a time")
     options = options or Wrap()
     options = options if block is None else replace(options, block=block)
-    method, problem = make_solver(solver), measure({ALONE: Problem(W, H, H_test, damp)})[ALONE]
+    weighed = None if outputs is None else outputs.clamp(min=max(1e-6 * float(outputs.max()), 1e-30))
+    method, problem = make_solver(solver), measure({ALONE: Problem(W, H, H_test, damp, weighed)})[ALONE]
     bound = spec.bind(problem.shape)
     with torch.no_grad(), Meter(W.device) as meter:
         mask, core, _ = method.solve(problem, bound)
         *_, (loss, parts) = options.descend(problem, core * mask, mask, lambda new: method.solve(new, bound)[0])
-    left, right, core = parts.left.to(W.dtype), parts.right.to(W.dtype), problem.restore(parts.core, parts.mask)
+    # rows that count alike are those of A, whose core needs none of it
+    left = parts.left if weighed is None else parts.left / weighed.sqrt().view(*parts.left.shape[:2], 1)
+    core = shift(parts.core, problem.units.W)
     stats = {"damp": problem.damping, "time_s": meter.time_s, "mem_mib": meter.mem_mib, "loss": loss}
-    found = Wrapped(left, core, right, parts.mask, stats=stats)
-    tested = None if H_test is None else output_error(found.dense, W, H_test)
-    return replace(found, error=output_error(found.dense, W, H), error_test=tested)
+    found = Wrapped(left.to(W.dtype), core.to(W.dtype), parts.right.to(W.dtype), parts.mask, stats=stats)
+    tested = None if H_test is None else output_error(found.dense, W, H_test, outputs)
+    return replace(found, error=output_error(found.dense, W, H, outputs), error_test=tested)
 
 
 def _read_layers(W: Any, H: Any, H_test: Any, outputs: Any) -> Callable[[float], dict[str, Problem]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from s3lab.errors import ShapeError, SolveError
 from s3lab.shapes import Bool, Float
 from s3lab.tensors.problem import Problem
+from s3lab.tensors.wraps import Wraps, to_left, to_right
 
 Decide = Callable[[Problem], Tensor]  # a mask (M, K) for a problem
 
@@ -41,13 +42,22 @@ class Wrapped:
     @property
     def dense(self) -> Float[Tensor, "M K"]:
         """A S B, in the dtype of the core."""
-        core = self.core.to(self.left.dtype)
-        return to_right(to_left(self.left, core), self.right).to(self.core.dtype)
+        return self.wraps.around(self.core)
 
     @property
     def extra(self) -> float:
         """How many numbers A and B hold, as a share of those of the weight."""
-        return (self.left.numel() + self.right.numel()) / self.core.numel()
+        return self.wraps.numbers / self.core.numel()
+
+    def to(self, like: Tensor) -> Wrapped:
+        """Return the same in the dtype and on the device of a tensor, its errors left out."""
+        left, core, right = (part.to(like) for part in (self.left, self.core, self.right))
+        return Wrapped(left, core, right, self.mask.to(core.device))
+
+    @property
+    def wraps(self) -> Wraps:
+        """A and B."""
+        return Wraps(self.left, self.right)
 
 
 @dataclass(frozen=True)
@@ -186,17 +196,6 @@ class _Parts:
             return None
         mask = decide(Problem(W, (H + H.mT) / 2, damp=0.0))
         return replace(self, core=W * mask, mask=mask).fit_core().fit_left().fit_right().fit_core()
-
-
-def to_left(blocks: Tensor, x: Tensor) -> Tensor:
-    """Return A x for A = diag(blocks), blocks (m, b, b) and x (m·b, K)."""
-    return (blocks @ x.view(len(blocks), -1, x.shape[1])).reshape(x.shape)
-
-
-def to_right(x: Tensor, blocks: Tensor) -> Tensor:
-    """Return x B for B = diag(blocks), x (M, k·b) and blocks (k, b, b)."""
-    parts = x.view(len(x), len(blocks), -1).transpose(0, 1)
-    return (parts @ blocks).transpose(0, 1).reshape(x.shape)
 
 
 def _descend(

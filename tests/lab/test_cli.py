@@ -139,6 +139,10 @@ def test_a_change_of_basis_goes_with_a_budget_and_cores_and_a_run_that_was_stopp
     assert record["facts"]["provenance"]["rotated"].startswith("learned: ")
     assert record["facts"]["provenance"]["permuted"].startswith("saliency: 2 inputs")
     assert record["settings"]["wrap"].startswith("Wrap(block=8")
+    packed = tmp_path / "packed"
+    assert cli.main(["pack", str(whole), "--out", str(packed)]) == 0
+    model, _ = load_model(packed)
+    assert "between blocks of 8" in repr(model.model.layers[0].self_attn.o_proj)
     assert record["settings"]["weights"] != record["budget"]["source"]["weights"]  # in another order than it was chosen
 
     def stop(flow, index, *rest):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import s3lab as s3
 from s3lab.models.storage.checkpoint import save_pruned
-from s3lab.models.storage.packed import pack_model
+from s3lab.models.storage.packed import pack_model, unpack_model
+from s3lab.packing.weigh import weigh
 
 IDS = torch.randint(64, (8, 32), generator=torch.Generator().manual_seed(0))
 
@@ -17,8 +18,14 @@ def make_model():
     return Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
 
 
-def prune(**options):
-    return s3.prune_model(make_model(), None, "2:4", "sparsegpt", calibration=IDS, progress=False, **options)
+def make_conv1d():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def prune(make=make_model, **options):
+    return s3.prune_model(make(), None, "2:4", "sparsegpt", calibration=IDS, progress=False, **options)
 
 
 def test_each_matrix_is_at_or_below_its_core_alone():
@@ -32,14 +39,71 @@ def test_each_matrix_is_at_or_below_its_core_alone():
     assert float((weight == 0).double().mean()) < 0.4
 
 
-def test_it_goes_on_and_packs_as_what_it_is(tmp_path):
+def test_it_goes_on_with_its_parts(tmp_path):
     run = prune(wrap=s3.Wrap(block=4), out=tmp_path / "run")
     again = prune(wrap=s3.Wrap(block=4), out=tmp_path / "run")
-    name = "model.layers.1.self_attn.q_proj.weight"
-    assert torch.equal(run.model.get_parameter(name), again.model.get_parameter(name))
+    assert run.wrapped.keys() == again.wrapped.keys() and len(run.wrapped) == 14
+    for name, found in run.wrapped.items():
+        weight, parts = again.model.get_submodule(name).weight, again.wrapped[name]
+        assert torch.equal(run.model.get_submodule(name).weight, weight) and torch.equal(parts.dense, weight)
+        assert all(
+            torch.equal(getattr(found, part), getattr(parts, part)) for part in ("left", "core", "right", "mask")
+        )
+
+
+@pytest.mark.parametrize("make", [make_model, make_conv1d])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_core_gives_what_the_product_gives(make, dtype, tmp_path):
+    """In the dtype that it is stored in, which may be another than it was pruned in."""
+    run = prune(make, wrap=s3.Wrap(block=4))
+    save_pruned(run.model.to(dtype), None, tmp_path / "pruned", run)
+    assert pack_model(tmp_path / "pruned", tmp_path / "packed") == {}
+    unpack_model(tmp_path / "packed", tmp_path / "dense")
+    dense, packed, unpacked = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("pruned", "packed", "dense")
+    )
+    packed.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        expected = dense(IDS).logits
+        assert all(torch.equal(model(IDS).logits, expected) for model in (packed, unpacked, again))
+    for line in weigh(tmp_path / "packed"):
+        if line.spec:
+            M, K = line.shape
+            extra = 8 * dtype.itemsize * 4 * (M + K) / (M * K)
+            assert line.bits == pytest.approx(8 * dtype.itemsize / 2 + 0.75 + extra, abs=0.01)
+            assert line.wraps == dtype.itemsize * 4 * (M + K)
+
+
+def test_what_is_no_product_of_its_parts_stays_dense(tmp_path):
+    run = prune(wrap=s3.Wrap(block=4))
     save_pruned(run.model, None, tmp_path / "pruned", run)
-    reasons = pack_model(tmp_path / "pruned", tmp_path / "packed")
-    assert len(reasons) == 14 and all("zeros are in the core" in reason for reason in reasons.values())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+    model.save_pretrained(tmp_path / "pruned")
+    told = pack_model(tmp_path / "pruned", tmp_path / "packed")
+    assert (
+        list(told) == ["model.layers.1.mlp.up_proj"] and "no longer the product" in told["model.layers.1.mlp.up_proj"]
+    )
+    (tmp_path / "pruned" / "wraps.safetensors").unlink()
+    told = pack_model(tmp_path / "pruned", tmp_path / "none")
+    assert len(told) == 14 and all("does not have its parts" in reason for reason in told.values())
+
+
+def test_a_later_run_leaves_no_parts_of_an_earlier_one(tmp_path):
+    for options in ({"wrap": s3.Wrap(block=4)}, {}):
+        run = prune(**options)
+        save_pruned(run.model, None, tmp_path / "pruned", run)
+        assert (tmp_path / "pruned" / "wraps.safetensors").exists() == bool(options)
+
+
+def test_the_loss_weighs_what_a_wrap_leaves():
+    """With blocks over several rows, each of which counts as the loss hangs on it."""
+    options = {"hessians": "dense", "hessian": "loss"}
+    wrapped, alone = prune(wrap=s3.Wrap(block=8), **options), prune(**options)
+    for with_wrap, without in zip(wrapped.matrices, alone.matrices, strict=True):
+        assert with_wrap["error"] < without["error"]
 
 
 def test_what_does_not_go_with_a_wrap_is_told():

@@ -10,6 +10,7 @@ import torch
 import s3lab as s3
 from s3lab.packing.codec import pack
 from s3lab.packing.file import SEAL, TEXT, VERSION, Entry, Header, read_header, read_packed, seal, write_tensors
+from s3lab.tensors.wraps import Wraps
 
 SHAPE = (16, 64)
 
@@ -28,6 +29,9 @@ def make_entries():
     texts = ["2:4", "25%", "2:4 each way", "4:8@4x1 then 2:4", "8:16 plus 1:32"]
     entries = [Entry(pack(prune(s3.parse(text), SHAPE), text), {"": f"layers.{n}"}) for n, text in enumerate(texts)]
     entries.append(Entry(pack(prune(s3.parse("8:16"), SHAPE), "8:16", values="int4", group=16), {"": "layers.8"}))
+    generator = torch.Generator().manual_seed(9)
+    wraps = Wraps(*(torch.randn(n, 8, 8, generator=generator).bfloat16() for n in (2, 8)))
+    entries.append(Entry(pack(prune(s3.parse("2:4"), SHAPE), "2:4"), {"": "layers.7"}, frozenset(), wraps))
     pair = s3.parse("down: (M,1) & up: (1,K) follows keep 50%")
     weights = prune(pair, {"down": (8, 16), "up": (16, 8)})
     return [*entries, Entry(pack(weights, pair), {"down": "layers.9.down", "up": "layers.9.up"})]
@@ -109,6 +113,12 @@ def test_what_is_written_is_read_back(stored, tmp_path):
         (lambda told, t: t.__setitem__("layers.0.values", t["layers.0.values"][1:]), "pack the model again"),
         (lambda told, t: t.__setitem__("layers.0.values", t["layers.0.values"].float()), "was packed"),
         (lambda told, t: t.__setitem__("layers.8.scales", t["layers.8.scales"][1:]), "scales"),
+        (lambda told, t: t.__setitem__("layers.7.left", t["layers.7.left"][1:]), "layers.7.left is"),
+        (lambda told, t: t.__setitem__("layers.7.right", t["layers.7.right"].float()), "layers.7.right is"),
+        (lambda told, t: told[6].__setitem__("wrap", 4), "layers.7.left is"),
+        (lambda told, t: told[6].__setitem__("wrap", -8), "layers.7.left is"),
+        (lambda told, t: told[7].__setitem__("wrap", 8), "tells of no"),
+        (lambda told, t: t.pop("layers.7.left"), "tells of no layers.7.left"),
         (lambda told, t: told[0].__setitem__("spec", "1:4"), "index"),
         (lambda told, t: told[0].__setitem__("spec", "2;4"), "not as s3lab writes it"),
         (lambda told, t: told[0].__setitem__("dtype", "float99"), "not as s3lab writes it"),
@@ -133,10 +143,19 @@ def test_an_unknown_version_is_named(tmp_path):
     with pytest.raises(s3.DataError, match="not as it was written"):
         read_header(other, tmp_path)
     other[SEAL] = hashlib.sha256(told.encode()).hexdigest()
-    with pytest.raises(
-        s3.DataError, match=f"version {VERSION + 1} of the layout and this s3lab reads version {VERSION}"
-    ):
+    with pytest.raises(s3.DataError, match=f"version {VERSION + 1} of the layout and this s3lab reads 1 to {VERSION}"):
         read_header(other, tmp_path)
+
+
+def test_files_from_before_there_were_wraps_are_read(tmp_path):
+    entry = make_entries()[0]
+    told, tensors = entry.describe(), entry.tensors()
+    del told["wrap"]
+    metadata = seal([told], tensors).write()
+    text = json.dumps({**json.loads(metadata[TEXT]), "version": 1})
+    write_tensors(tensors, {**metadata, TEXT: text, SEAL: hashlib.sha256(text.encode()).hexdigest()}, tmp_path)
+    ((name, W),) = read_all(tmp_path).items()
+    assert name == "layers.0.weight" and torch.equal(W, prune(s3.parse("2:4"), SHAPE))
 
 
 def test_no_file_is_left_in_part(tmp_path, monkeypatch):

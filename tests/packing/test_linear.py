@@ -16,6 +16,7 @@ from s3lab.packing.linear import PackedLinear
 from s3lab.packing.rows import Rows
 from s3lab.packing.values import Values
 from s3lab.tensors import compiled
+from s3lab.tensors.wraps import Wraps
 
 M, K = 48, 256
 TEXTS = [
@@ -128,6 +129,25 @@ def test_a_layer_gives_the_dense_layer_s_bits_for_a_sequence(text, dtype):
         y, expected = layer(x[:, :1]), dense(x[:, :1])
     assert y.shape == expected.shape and y.dtype == dtype
     assert torch.allclose(y, expected, atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("text", ["2:4", "block16", "50% columns"])
+def test_a_core_runs_between_its_wraps(text, dtype):
+    generator = torch.Generator().manual_seed(3)
+    W = prune(text, dtype)
+    wraps = Wraps(*(torch.randn(n // 8, 8, 8, generator=generator).to(dtype) for n in (M, K)))
+    layer = PackedLinear.of(Entry(pack(W, text), {ALONE: "up_proj"}, wraps=wraps), ALONE)
+    dense = torch.block_diag(*wraps.left.float()) @ W.float() @ torch.block_diag(*wraps.right.float())
+    size = float(dense.norm())
+    for shape in ((1, K), (2, 1, K), (2, 9, K)):
+        x = torch.randn(shape, generator=generator).to(dtype)
+        with torch.no_grad():
+            apart = (layer(x).float() - linear(x.float(), dense)).norm() / (size * x.float().norm() / K**0.5)
+        assert float(apart) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert torch.equal(layer.weight, wraps.around(W)) and "between blocks of 8" in repr(layer)
+    extra = 8 * dtype.itemsize * 8 * (M + K) / (M * K)
+    assert layer.bits_per_weight == pytest.approx(make(W, text).bits_per_weight + extra)
 
 
 def test_gradients_reach_the_input():

@@ -7,7 +7,7 @@ import torch
 
 import s3lab as s3
 from s3lab.models.measure.layers import generate_layer
-from s3lab.solvers.wrap import to_left, to_right
+from s3lab.tensors.wraps import Wraps, to_left, to_right
 
 PATTERNS = ["2:4", "1:4", "2:4@1x2", "50%/row", "1:2@4x4", "4:8@8x1 then 2:4", "2:4 each way"]
 
@@ -27,6 +27,10 @@ def test_blocks_multiply_as_the_whole_matrix_does():
     x, left, right = (torch.randn(*shape, generator=generator) for shape in ((8, 12), (2, 4, 4), (3, 4, 4)))
     torch.testing.assert_close(to_left(left, x), block_diagonal(left) @ x)
     torch.testing.assert_close(to_right(x, right), x @ block_diagonal(right))
+    wraps, inputs = Wraps(left, right), torch.randn(5, 12, generator=generator)
+    torch.testing.assert_close(wraps.around(x), block_diagonal(left) @ x @ block_diagonal(right))
+    torch.testing.assert_close(wraps.after(wraps.before(inputs) @ x.T), inputs @ wraps.around(x).T)
+    assert wraps.numbers == 2 * 16 + 3 * 16
 
 
 @pytest.mark.parametrize("text", PATTERNS)
@@ -107,6 +111,33 @@ def test_what_can_be_said_exactly_is_found_from_near_by():
     found = s3.wrap(W, "2:4", H, "magnitude", damp=0.0, options=options)
     assert torch.equal(found.mask, mask)
     assert found.error < 1e-4 < 0.05 < s3.prune(W, "2:4", H, "magnitude").error
+
+
+@pytest.mark.parametrize("solver", ["magnitude", "admm"])
+def test_outputs_count_as_they_are_told(solver):
+    """In what is least: so that its error is below that of a wrap which does not know of them, and the other way."""
+    W, H = small(2, 16, 32, torch.float32)
+    outputs = torch.logspace(-3, 3, 16)[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    knows = s3.wrap(W, "2:4", H, solver, outputs=outputs, block=8)
+    not_told = s3.wrap(W, "2:4", H, solver, block=8)
+    assert knows.error == s3.output_error(knows.dense, W, H, outputs)
+    assert knows.error < 0.9 * s3.output_error(not_told.dense, W, H, outputs)
+    assert not_told.error < 0.9 * s3.output_error(knows.dense, W, H)
+    equal = s3.wrap(W, "2:4", H, solver, outputs=torch.full((16,), 4.0), block=8)
+    torch.testing.assert_close(equal.dense, not_told.dense, atol=2e-2, rtol=0)
+
+
+def test_an_output_that_counts_nothing_is_not_lost():
+    W, H = small(4, 16, 32, torch.float32)
+    found = s3.wrap(W, "2:4", H, outputs=torch.ones(16).index_fill(0, torch.tensor([3, 9]), 0.0), block=4)
+    assert s3.output_error(found.dense[[3, 9]], W[[3, 9]], H) < 0.7
+    nothing = s3.wrap(W, "2:4", H, outputs=torch.zeros(16), block=4)
+    assert s3.output_error(nothing.dense, W, H) < s3.prune(W, "2:4", H).error
+
+
+def test_a_pattern_that_keeps_all_is_exact():
+    W, H = small(6, dtype=torch.float32)
+    assert s3.wrap(W, "4:4", H, block=4).error < 1e-5
 
 
 def test_what_cannot_be_wrapped_is_told():

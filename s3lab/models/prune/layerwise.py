@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -46,11 +46,8 @@ class Recipe:
             raise SolveError(f"hessians = {self.hessians!r}: take those of the 'pruned' or of the 'dense' model")
         if self.hessian not in ("inputs", "loss"):
             raise SolveError(f"hessian = {self.hessian!r}: take that of the 'inputs' alone, or weighted by the 'loss'")
-        if self.wrap and (self.damp == "auto" or self.refit or self.refine or self.salient or self.hessian == "loss"):
-            raise SolveError(
-                "a wrapped core has one damping, the inputs' Hessian, and no refit, refine or salient score: leave "
-                "those off"
-            )
+        if self.wrap and (self.damp == "auto" or self.refit or self.refine or self.salient):
+            raise SolveError("a wrapped core has one damping, and no refit, refine or salient score: leave those off")
 
     @property
     def total(self) -> int:
@@ -58,12 +55,23 @@ class Recipe:
         return sum(len(job.matrices) for jobs in self.jobs for job in jobs)
 
 
+@dataclass
+class Pruned:
+    """What became of a layer's matrices: a row for each, in the order they were pruned in, and those that are wrapped.
+
+    These are by full name.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    wrapped: dict[str, Wrapped] = field(default_factory=dict)
+
+
 def prune_layer(
     flow: Flow, index: int, recipe: Recipe, tell: Callable[[str, float | None], None]
-) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+) -> tuple[Pruned, dict[str, float | None]]:
     """Prune the matrices of layer ``index`` in place and send both streams through it.
 
-    Returns a row for each matrix, in the order they were pruned in, and how far the streams are apart behind the layer,
+    Returns what became of them, and how far the streams are apart behind the layer,
     as `Flow.advance_pruned` does.  The layer is dense and on the device of the flow, whose dense stream goes first.
     ``tell`` hears the name and error of each matrix.
     """
@@ -83,7 +91,7 @@ def prune_layer(
             passage.watch(number, moments.see)
         for group, found in zip(stage.groups, moments.pool(), strict=True):
             pruner.take([matrix.name for matrix in group], found)
-    return pruner.rows, flow.advance_pruned(index, passage.leave)
+    return pruner.pruned, flow.advance_pruned(index, passage.leave)
 
 
 def prune_measured(
@@ -93,12 +101,12 @@ def prune_measured(
     recipe: Recipe,
     processes: ProcessGroup,
     tell: Callable[[str, float | None], None],
-) -> list[dict[str, Any]]:
-    """Prune the matrices of layer ``index`` in place by what `measure_layer` found, and return a row for each."""
+) -> Pruned:
+    """Prune the matrices of layer ``index`` in place by what `measure_layer` found."""
     pruner = _Pruner(decoder, index, recipe, processes, tell)
     for names, found in measured.items():
         pruner.take(names, found)
-    return pruner.rows
+    return pruner.pruned
 
 
 class _Pruner:
@@ -112,7 +120,7 @@ class _Pruner:
         processes: ProcessGroup,
         tell: Callable[[str, float | None], None],
     ) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.pruned = Pruned()
         self._index, self._head, self._recipe, self._processes, self._tell = (
             index,
             f"{decoder.name}.{index}.",
@@ -134,12 +142,14 @@ class _Pruner:
             if not self._given.keys() >= set(leaders):
                 continue
             with naming(" & ".join(leaders)):
-                figures = _prune_together(
+                figures, wrapped = _prune_together(
                     job, [self._given.pop(name) for name in leaders], self._recipe, self._processes
                 )
+            self.pruned.wrapped |= {job.matrices[key].name: own for key, own in wrapped.items()}
             for matrix, row in zip(job.matrices.values(), figures, strict=True):
-                self.rows.append({"layer": self._index, "name": matrix.name.removeprefix(self._head), **row})
-                self._tell(self.rows[-1]["name"], row["error"])
+                name = matrix.name.removeprefix(self._head)
+                self.pruned.rows.append({"layer": self._index, "name": name, **row})
+                self._tell(name, row["error"])
 
 
 def _find_due(course: Course, jobs: Sequence[Job]) -> dict[str, int]:
@@ -185,10 +195,11 @@ def _regroup(course: Course, due: Mapping[str, int]) -> list[Stage]:
 
 def _prune_together(
     job: Job, given: Sequence[Measured], recipe: Recipe, processes: ProcessGroup
-) -> list[dict[str, Any]]:
-    """Prune a job's matrices in place, or leave them dense if one saw too few tokens, and return a row for each.
+) -> tuple[list[dict[str, Any]], dict[str, Wrapped]]:
+    """Prune a job's matrices in place, or leave them dense if one saw too few tokens.
 
-    All processes of the group do so together.  ``given`` is what is known of the leaders' inputs, in order.
+    Returns a row for each, and those that are wrapped by the names that their spec has.  All processes of the group do
+    so together.  ``given`` is what is known of the leaders' inputs, in order.
     """
     W = {name: matrix.weight for name, matrix in job.matrices.items()}
     inputs = dict(zip(job.leaders, given, strict=True))
@@ -200,6 +211,7 @@ def _prune_together(
         if not shared.all_tokens and shared.tokens < need:
             short[name] = f"{shared.tokens} tokens, fewer than {need}"
     damp = recipe.scarce if short else recipe.damp
+    wrapped: dict[str, Wrapped] = {}
     if damp is None or not all(inputs[name].tokens for name in short):
         damp, figures = recipe.damp, dict.fromkeys(W, _UNTOUCHED)
         notes = dict.fromkeys(W, f"{', '.join(short.values())}: left dense")
@@ -211,9 +223,17 @@ def _prune_together(
         found: Mapping[str, Solution | Wrapped]
         if recipe.wrap and damp != "auto":
             name = next(iter(inputs))
-            H_test = tests.get(name)
-            found = {
-                name: wrap(W[name], job.spec, moments[name], solver, H_test=H_test, damp=damp, options=recipe.wrap)
+            found = wrapped = {
+                name: wrap(
+                    W[name],
+                    job.spec,
+                    moments[name],
+                    solver,
+                    H_test=tests.get(name),
+                    outputs=outputs.get(name),
+                    damp=damp,
+                    options=recipe.wrap,
+                )
             }
             notes[name] = f"a core wrapped by blocks of {recipe.wrap.block}, stored as their product"
         else:
@@ -234,7 +254,7 @@ def _prune_together(
         notes |= {name: f"{told}: damping {damp:g}" for name, told in short.items()}
         for name, solution in found.items():
             W[name].copy_(solution.dense if isinstance(solution, Wrapped) else solution.weight)
-    return [
+    rows = [
         {
             "shape": list(w.shape),
             "spec": str(job.spec),
@@ -246,6 +266,7 @@ def _prune_together(
         }
         for name, w in W.items()
     ]
+    return rows, wrapped
 
 
 def _measure(solution: Solution | Wrapped, W: Tensor, solver: Solver) -> dict[str, Any]:

@@ -27,11 +27,12 @@ from s3lab.models.prune.layerwise import Recipe, prune_layer, prune_measured
 from s3lab.models.prune.moments import keep_moments, read_moments
 from s3lab.models.prune.rundir import RunDir, layer_file
 from s3lab.models.prune.source import describe_source, find_sequences
+from s3lab.models.prune.wrapped import find_parts, name_parts
 from s3lab.models.structure.decoder import Decoder, find_decoder
 from s3lab.shapes import Integer
 from s3lab.solvers import make_score, make_solver
 from s3lab.solvers.base import ScoreSolver, Solver
-from s3lab.solvers.wrap import Wrap
+from s3lab.solvers.wrap import Wrap, Wrapped
 from s3lab.tensors.processes import ProcessGroup, find_processes
 from s3lab.version import __version__
 
@@ -55,7 +56,7 @@ class Run:
     """What `prune_model` did: the model, pruned in place, a row per matrix and per layer, and how it was made.
 
     ``manifest`` holds the settings and facts; ``damaged`` the files of the run directory that were found to be not as
-    written, and were made again.
+    written, and were made again; ``wrapped``, by full name, the parts whose products wrapped matrices are.
     """
 
     model: PreTrainedModel
@@ -63,6 +64,7 @@ class Run:
     layers: list[dict[str, Any]]
     manifest: dict[str, Any]
     damaged: list[str] = field(default_factory=list)
+    wrapped: dict[str, Wrapped] = field(default_factory=dict)
 
     @property
     def density(self) -> float:
@@ -106,9 +108,9 @@ def prune_model(
 ) -> Run:
     """Prune the matrices in the decoder layers of a model, in place, and return the Run.
 
-    Within a layer the matrices are pruned in the order in which their inputs become available, each on second
-    moments of its inputs in the model as pruned so far; ``hessians="dense"`` takes those of the dense model, and from
-    the folder ``moments``, if it is given: made there by the first run, they spare all others with the same model and
+    Within a layer the matrices are pruned in the order in which their inputs become available, each on second moments
+    of its inputs in the model as pruned so far; ``hessians="dense"`` takes those of the dense model, and from the
+    folder ``moments``, if it is given: made there by the first run, they spare all others with the same model and
     calibration every forward pass, and how far the layers' outputs are apart is then not measured.  With
     ``hessian="loss"`` tokens and outputs of a matrix count as much as the dense model's loss hangs on them: H ⊗ diag G,
     as `measure_fisher` has it, in what is least and in the errors of the rows; made anew when a run goes on.
@@ -116,8 +118,8 @@ def prune_model(
     drawn with ``seed``, or ready sequences (N, L) int64, which need no tokenizer; a share ``held_out`` of them enters
     no second moment and gives the held-out errors, by which ``damp="auto"`` picks the damping of each matrix.
     ``refit``, ``refine`` and ``salient`` are those of `prune`.  With ``wrap`` each matrix becomes A S B as `s3lab.wrap`
-    has it, stored as that product, and its row tells in ``extra`` what A and B hold.  Weights keep their dtype, the
-    model its mode.
+    has it, stored as that product, and its row tells in ``extra`` what A and B hold; the run has them in ``wrapped``.
+    Weights keep their dtype, the model its mode.
 
     ``spec`` and ``solver`` are for all matrices, or tables of globs over their names, with or without what stands
     before the list of layers, of which the first match wins; the spec "dense" leaves a matrix alone.  A matrix that
@@ -213,13 +215,16 @@ def prune_model(
                 lambda: Flow(model, decoder, chunks, place, processes=processes, weighted=weighted),
             )
         with _report(processes.rank == 0 and progress, recipe.total, done) as report:
-            records = _walk(model, decoder, chunks, recipe, place, rundir, processes, measure, every, report, files)
+            records, wrapped = _walk(
+                model, decoder, chunks, recipe, place, rundir, processes, measure, every, report, files
+            )
     return Run(
         model,
         [row for record in records for row in record["matrices"]],
         [record["layer"] for record in records],
         {"settings": settings, "facts": facts},
         rundir.damaged if rundir else [],
+        wrapped,
     )
 
 
@@ -235,12 +240,13 @@ def _walk(
     every: int,
     report: Callable[[Step], object],
     measured: Sequence[Path],
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, Wrapped]]:
     """Take all layers in turn, those that are finished from the run directory, and return their records.
 
-    ``measured`` are the files of their second moments, where they need no stream to be pruned.
+    With them come the parts of what is wrapped, by full name.  ``measured`` are the files of their second moments,
+    where they need no stream to be pruned.
     """
-    records = list(rundir.layers) if rundir else []
+    records, wrapped = list(rundir.layers) if rundir else [], {}
     finished, count = len(records), len(decoder.layers)
     # without an intact state, the finished layers are walked through again, which gives it bit by bit
     start = finished if finished == count or measured else rundir.usable_state() if rundir else 0
@@ -249,10 +255,10 @@ def _walk(
         flow = Flow(model, decoder, chunks, place, rundir, processes, recipe.hessian == "loss")
     if rundir:
         for index in range(start):
-            _restore(rundir, decoder, index)
+            wrapped |= _restore(rundir, decoder, index)
         if finished == count:
             rundir.close()
-            return records
+            return records, wrapped
     if flow and start == 0:
         flow.embed()
     solved = sum(len(record["matrices"]) for record in records)
@@ -266,28 +272,29 @@ def _walk(
         began = time.perf_counter()
         with _resident(decoder.layers[index], place):
             if flow is None:
-                rows = prune_measured(decoder, index, read_moments(measured[index]), recipe, processes, tell)
+                pruned = prune_measured(decoder, index, read_moments(measured[index]), recipe, processes, tell)
                 apart: dict[str, float | None] = {"output_error": None, "output_error_test": None}
             elif rundir and index < finished:
                 flow.advance_dense(index)
-                _restore(rundir, decoder, index)
+                wrapped |= _restore(rundir, decoder, index)
                 flow.advance_pruned(index)
                 flow.drop(index)
                 continue
             else:
-                rows, apart = prune_layer(flow, index, recipe, tell)
+                pruned, apart = prune_layer(flow, index, recipe, tell)
         before = records[-1]["layer"]["time_s"] if records else 0.0
         layer = {"layer": index, **apart, "time_s": before + time.perf_counter() - began}
         if measure and ((index + 1) % every == 0 or index + 1 == count):
             layer.update(measure(model))
-        records.append({"matrices": rows, "layer": layer})
+        records.append({"matrices": pruned.rows, "layer": layer})
+        wrapped |= pruned.wrapped
         if rundir:
-            rundir.commit(_weights(decoder, index, rows), records[-1])
+            rundir.commit(_weights(decoder, index, pruned.rows) | name_parts(pruned.wrapped), records[-1])
         if flow:
             flow.drop(index)
     if rundir:
         rundir.close()
-    return records
+    return records, wrapped
 
 
 def _weights(decoder: Decoder, index: int, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -295,9 +302,12 @@ def _weights(decoder: Decoder, index: int, rows: list[dict[str, Any]]) -> dict[s
     return {name: matrices[name].weight for name in (f"{decoder.name}.{index}.{row['name']}" for row in rows)}
 
 
-def _restore(rundir: RunDir, decoder: Decoder, index: int) -> None:
-    for name, W in rundir.load(layer_file(index)).items():
-        decoder.matrices[index][name].weight.copy_(W)
+def _restore(rundir: RunDir, decoder: Decoder, index: int) -> dict[str, Wrapped]:
+    """Put a finished layer's weights in place, and return the parts of those that are wrapped."""
+    stored, matrices = rundir.load(layer_file(index)), decoder.matrices[index]
+    for name in stored.keys() & matrices.keys():
+        matrices[name].weight.copy_(stored[name])
+    return find_parts(stored)
 
 
 @contextmanager

@@ -97,7 +97,7 @@ class Curves:
         with torch.no_grad():
             try:
                 measured = read_moments(self.moments[layer])
-                found = prune_measured(self.decoder, layer, measured, recipe, SOLO, lambda name, error: None)
+                found = prune_measured(self.decoder, layer, measured, recipe, SOLO, lambda name, error: None).rows
                 if self.kept:
                     _save(weights, {name: matrix.weight for name, matrix in matrices.items()})
             finally:

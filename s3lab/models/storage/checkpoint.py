@@ -9,18 +9,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError
 from s3lab.files import replacing, telling, write
 from s3lab.folder import check_folder
 from s3lab.models.prune.sequential import Run
 from s3lab.models.prune.shrink import Shrunk
+from s3lab.models.prune.wrapped import find_parts, name_parts
 from s3lab.models.search.allocate import Allocation
+from s3lab.models.structure.decoder import find_decoder
+from s3lab.packing.file import read_tensors
+from s3lab.solvers.wrap import Wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "s3lab.json"
+PARTS = "wraps.safetensors"
 
 
 def save_pruned(
@@ -35,16 +42,39 @@ def save_pruned(
 
     Beside weights, configuration and tokenizer stand ``s3lab.json``, the settings of the run and all its rows, and
     ``README.md``, the model card, both with what `shrink` did and how `allocate` chose, if that is given.  Every file
-    appears whole, the configuration last.  Raises DataError for a folder with files that s3lab did not make.
+    appears whole, the configuration last.  Of wrapped matrices ``wraps.safetensors`` holds the parts, in the dtype of
+    the model, which then has the products of these.  Raises DataError for a folder with files that s3lab did not make.
     """
     out = Path(out)
     check_folder(out)
+    _save_parts(model, run, out / PARTS)
     save_model(model, tokenizer, out)
     rows = {"layers": run.layers, "matrices": run.matrices}
     told = {"shrunk": shrunk and asdict(shrunk), "budget": budget and budget.record}
     record = {**run.manifest, "density": run.density, **told, **rows}
     write_record(out, record, write_card(run, shrunk, budget))
     return out
+
+
+def read_parts(folder: Path) -> dict[str, Wrapped]:
+    """Read the parts of the wrapped matrices of a pruned model, by full name: none where nothing is wrapped."""
+    path = folder / PARTS
+    return find_parts(read_tensors([path])[0]) if path.exists() else {}
+
+
+def _save_parts(model: PreTrainedModel, run: Run, path: Path) -> None:
+    if not run.wrapped:
+        path.unlink(missing_ok=True)
+        return
+    from safetensors.torch import save_file
+
+    matrices = {name: matrix for layer in find_decoder(model).matrices for name, matrix in layer.items()}
+    stored = {name: found.to(matrices[name].weight) for name, found in run.wrapped.items()}
+    with torch.no_grad():
+        for name, found in stored.items():
+            matrices[name].weight.copy_(found.dense)
+    with replacing(path) as part, telling(path):
+        save_file({name: tensor.contiguous() for name, tensor in name_parts(stored).items()}, part)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from s3lab.algebra.patterns import parse
 from s3lab.errors import DataError, SpecError
 from s3lab.files import write
-from s3lab.models.storage.checkpoint import RECORD, group_rows, read_json, read_record
+from s3lab.models.storage.checkpoint import PARTS, RECORD, group_rows, read_json, read_parts, read_record
 from s3lab.models.storage.quantizer import METHOD
 from s3lab.packing.codec import ALONE, bind, pack
 from s3lab.packing.file import (
@@ -27,16 +27,19 @@ from s3lab.packing.file import (
     write_tensors,
 )
 from s3lab.packing.values import Kind
+from s3lab.solvers.wrap import Wrapped
 
 CONFIG = "config.json"
+_NEAR = 1e-2  # of its norm: a product that was rounded on another machine is nearer, one that was trained is not
 
 
 def pack_model(folder: str | Path, out: str | Path, *, values: Kind = "same", group: int = 128) -> dict[str, str]:
     """Pack a pruned model of ``folder`` into ``out``, and return why matrices of its record were left dense, by name.
 
     The record ``s3lab.json``, as `save_pruned` writes it, says which matrices were pruned by which spec.  Matrices that
-    the run or `shrink` left dense stay so.  ``values`` and ``group`` are those of `codec.pack`.  The new folder loads
-    by ``AutoModelForCausalLM.from_pretrained`` after ``import s3lab``; the files beside the weights are copied.
+    the run or `shrink` left dense stay so, and of wrapped ones the core is packed, from ``wraps.safetensors``.
+    ``values`` and ``group`` are those of `codec.pack`.  The new folder loads by
+    ``AutoModelForCausalLM.from_pretrained`` after ``import s3lab``; the files beside the weights are copied.
 
     Raises DataError for a folder without record, weights or config, or one that is packed already, SpecError for a
     matrix that is not pruned as the record says.
@@ -44,6 +47,7 @@ def pack_model(folder: str | Path, out: str | Path, *, values: Kind = "same", gr
     folder, out = Path(folder), Path(out)
     record, config = read_record(folder), read_json(folder / CONFIG)
     tensors, _ = read_tensors(find_files(folder))
+    wrapped = read_parts(folder)
     entries: list[Entry] = []
     dense: dict[str, str] = {}
     for spec, rows in group_rows(record["matrices"], str(folder / RECORD)):
@@ -52,6 +56,13 @@ def pack_model(folder: str | Path, out: str | Path, *, values: Kind = "same", gr
             dense |= {f"layer {row['layer']} {row['name']}": found for row in rows}
             continue
         keys, ways, changed = found
+        if "extra" in rows[0]:
+            entry = _pack_wrapped(spec, keys[ALONE], ways, tensors, wrapped, values, group)
+            if isinstance(entry, str):
+                dense[keys[ALONE]] = entry
+            else:
+                entries.append(entry)
+            continue
         try:
             entries.append(_pack(spec, keys, ways, tensors, values, group))
         except SpecError as error:
@@ -101,6 +112,28 @@ def _pack(
     raise errors[0]
 
 
+def _pack_wrapped(
+    spec: str,
+    name: str,
+    ways: list[frozenset[str]],
+    tensors: Mapping[str, Tensor],
+    wrapped: Mapping[str, Wrapped],
+    values: Kind,
+    group: int,
+) -> Entry | str:
+    """A wrapped matrix packed, or why not: its parts are not there, or what is stored is no product of them."""
+    if name not in wrapped:
+        return f"wrapped, and {PARTS} does not have its parts"
+    found = wrapped[name]
+    product = found.dense
+    for turned in ways:
+        W = tensors[f"{name}.weight"]
+        W = W.T if name in turned else W
+        if W.shape == product.shape and (W - product).norm() <= _NEAR * product.norm():
+            return Entry(pack(found.core, spec, values=values, group=group), {ALONE: name}, turned, found.wraps)
+    return f"no longer the product of its parts in {PARTS}"
+
+
 def _find(
     spec: str, rows: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
 ) -> str | tuple[dict[str, str], list[frozenset[str]], bool]:
@@ -113,8 +146,6 @@ def _find(
     shapes = {key: (row["shape"][0], row["shape"][1]) for key, row in own.items()}
     if all(row["density"] == 1 for row in rows) and bind(pattern, shapes).density < 1:
         return "left dense by the run"
-    if any("extra" in row for row in rows):
-        return "wrapped: its zeros are in the core, and not in the product that is stored"
     keys, turned, square, changed = {}, set(), set(), False
     for key, row in own.items():
         end = f".{row['layer']}.{row['name']}.weight"

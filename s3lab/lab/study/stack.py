@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 DENSE, PLAIN = "dense", "plain"
 INGREDIENTS = ("rotate", "permute", "budget", "loss", "wrap")  # in the order in which they are put to work
-TOGETHER = ("rotate", "permute", "budget", "wrap")  # the loss is for cores that nothing surrounds
+TOGETHER = ("rotate", "permute", "budget", "wrap")  # the loss lowers no perplexity, and is tried alone
 
 
 def list_stacks(ingredients: Sequence[str] = TOGETHER) -> dict[str, tuple[str, ...]]:

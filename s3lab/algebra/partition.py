@@ -49,17 +49,17 @@ class Partition:
         """The part that decides first: this, which is all there is."""
         return self
 
-    @property
+    @cached_property
     def S(self) -> int:
         """Number of scopes."""
         return self.layout[0].size
 
-    @property
+    @cached_property
     def B(self) -> int:
         """Number of blocks in a scope."""
         return self.layout[1].size
 
-    @property
+    @cached_property
     def E(self) -> int:
         """Number of elements in a block."""
         return self.layout[2].size

@@ -14,6 +14,7 @@ from s3lab.shapes import Bool, Float
 from s3lab.tensors.problem import Problem
 from s3lab.tensors.wraps import Wraps, to_left, to_right
 
+_MORE = 3  # times the steps, for the values of a mask that is new: too few, and no new one is ever taken
 Decide = Callable[[Problem], Tensor]  # a mask (M, K) for a problem
 
 
@@ -67,15 +68,16 @@ class Wrap:
     From the core that a solver finds, with A and B the identity, each of A, B and S becomes in turn the best that it
     can be while the others stay: A by normal equations, one block of rows at a time, B and the kept values of S by
     ``steps`` of conjugate gradients, preconditioned by the blocks, and by the diagonal.  Every ``renew`` sweeps the
-    solver chooses the mask anew, for the weight A⁻¹ W B⁻¹ under B H Bᵀ, which leaves out how A ties rows together;
-    that is taken where it ends lower.  H is damped, and no step raises what is minimised.
+    solver chooses the mask anew, for the weight A⁻¹ W B⁻¹ under B H Bᵀ, which leaves out how A ties rows together; its
+    values need more steps, and it is taken where it ends lower.  H is damped, and no step raises what is minimised.
 
     block
         rows and columns of a block of A and B; divides M and K.
     sweeps
         rounds of A, B and S.
 
-    Cost: some 2·steps M×K×K products a sweep.  Raises SolveError for options that cannot be.
+    Cost: some 2·steps M×K×K products a sweep, and for each new mask a solve and four times as many.  Raises SolveError
+    for options that cannot be.
 
     Source: ARMOR, 2025, which descends by Adam and moves the mask by sums of 2:4 choices; here each part is solved for,
     and the pattern is any.
@@ -87,7 +89,7 @@ class Wrap:
     block: int = 8
     sweeps: int = 8
     steps: int = 6
-    renew: int = 4
+    renew: int = 2
 
     def __post_init__(self) -> None:
         if min(self.block, self.sweeps, self.steps, self.renew) < 1:
@@ -169,8 +171,8 @@ class _Parts:
         )
         return replace(self, right=found)
 
-    def fit_core(self) -> _Parts:
-        """Lower the loss in the kept values of S by conjugate gradients: AᵀA S B H Bᵀ on the mask."""
+    def fit_core(self, more: int = 1) -> _Parts:
+        """Lower the loss in S on its mask by ``more`` times the steps of conjugate gradients, on AᵀA S B H Bᵀ."""
         A, B, H = self.left, self.right, self.problem.hessian
         row = A.square().sum(1).reshape(-1, 1).clamp(min=torch.finfo(A.dtype).tiny)
         column = to_right(to_right(H, B.mT).mT.contiguous(), B.mT).diagonal()
@@ -181,7 +183,7 @@ class _Parts:
 
         found = _descend(
             self.core, restrict(self.problem.weight - self.dense), lambda d: restrict(replace(self, core=d).dense),
-            scale, None, self.steps,
+            scale, None, more * self.steps,
         )  # fmt: skip
         return replace(self, core=found)
 
@@ -195,7 +197,8 @@ class _Parts:
         if not (W.isfinite().all() and H.isfinite().all()):
             return None
         mask = decide(Problem(W, (H + H.mT) / 2, damp=0.0))
-        return replace(self, core=W * mask, mask=mask).fit_core().fit_left().fit_right().fit_core()
+        begun = replace(self, core=W * mask, mask=mask).fit_core(_MORE)
+        return begun.fit_left().fit_right().fit_core(_MORE)
 
 
 def _descend(

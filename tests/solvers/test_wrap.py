@@ -135,6 +135,15 @@ def test_an_output_that_counts_nothing_is_not_lost():
     assert s3.output_error(nothing.dense, W, H) < s3.prune(W, "2:4", H).error
 
 
+@pytest.mark.parametrize("solver", ["sparsegpt", "admm"])
+def test_a_new_mask_is_worth_more_than_more_sweeps_on_the_old_one(solver):
+    layer = generate_layer(64, 128, 1024, seed=2)
+    alone = s3.prune(layer.W, "2:4", layer.H, solver)
+    anew, kept = (s3.wrap(layer.W, "2:4", layer.H, solver, options=s3.Wrap(8, 12, renew=n)) for n in (2, 999))
+    assert torch.equal(kept.mask, alone.mask) and not torch.equal(anew.mask, alone.mask)
+    assert alone.error - anew.error > 1.2 * (alone.error - kept.error)
+
+
 def test_a_pattern_that_keeps_all_is_exact():
     W, H = small(6, dtype=torch.float32)
     assert s3.wrap(W, "4:4", H, block=4).error < 1e-5

@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             save_pruned(model, tokenizer, pruned, pruning)
             before = measure_apart(pruned, args)
             sizes = count_bytes(pruned)
-            row = {"pattern": "dense" if pattern == "1:1" else pattern, "wrap": block, **sizes, **before, "weight_bits": 16.0}
+            told = {"pattern": "dense" if pattern == "1:1" else pattern, "wrap": block}
+            row = {**told, **sizes, **before, "weight_bits": 16.0}
             if pattern != "1:1":
                 left = pack_model(pruned, packed)
                 after, lines = measure_apart(packed, args), [line for line in weigh(packed) if line.spec]

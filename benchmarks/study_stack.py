@@ -51,9 +51,8 @@ def add(row: dict[str, object]) -> None:
     if RESULTS.exists():
         table = pd.concat([pd.read_csv(RESULTS), table]).drop_duplicates(KEYS, keep="last")
     write(RESULTS, table.to_csv(index=False, float_format="%.6g").encode())
-    print(
-        {key: value for key, value in row.items() if key in KEYS or "perplexity" in key or "error" in key}, flush=True
-    )
+    shown = [*KEYS, "bits", "error_test_percent", "documentation_perplexity"]
+    print({key: row[key] for key in shown if key in row}, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from s3lab.algebra.compose import Bound
 from s3lab.algebra.partition import Partition
 from s3lab.shapes import Float, Integer
 
-_AT_ONCE = 2**23  # numbers in the memory of one step
 _LEAST = 1e-6  # share of all that is kept by which a step must raise it, above rounding
 _ENOUGH = 1e-4  # share by which a sweep must raise it for another to follow
 
@@ -161,11 +160,11 @@ class _Exchange:
         """Return what the scopes of each place would keep with the channel that each of the places has now."""
         total = torch.zeros(len(places), len(places), dtype=torch.float64, device=places.device)
         for rivals in self.rivals:
-            rest, bar = (found[places] for found in rivals.price(self.order))
-            content = rivals.content[self.order[places]]
-            rows = max(1, _AT_ONCE // content.numel())
-            above = [(content - part.unsqueeze(1)).relu_().sum(-1) for part in bar.split(rows)]
-            total += torch.cat(above) + rest.unsqueeze(1)
+            rest, bar = (found[places].double() for found in rivals.price(self.order))
+            content = rivals.content[self.order[places]].double()
+            # 2·max(0, x − θ) = |x − θ| + x − θ, summed without a number in memory for each x and θ
+            total += (torch.cdist(bar, content, p=1) + content.sum(1) - bar.sum(1, keepdim=True)) / 2
+            total += rest.unsqueeze(1)
         return total
 
     def swap(self, places: Tensor) -> None:

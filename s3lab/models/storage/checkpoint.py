@@ -69,7 +69,11 @@ def _save_parts(model: PreTrainedModel, run: Run, path: Path) -> None:
     from safetensors.torch import save_file
 
     matrices = {name: matrix for layer in find_decoder(model).matrices for name, matrix in layer.items()}
-    stored = {name: found.to(matrices[name].weight) for name, found in run.wrapped.items()}
+    stored = {
+        name: found.to(matrices[name].weight)
+        for name, found in run.wrapped.items()
+        if found.core.shape == matrices[name].weight.shape  # not taken apart since, as by `shrink`
+    }
     with torch.no_grad():
         for name, found in stored.items():
             matrices[name].weight.copy_(found.dense)

@@ -72,7 +72,8 @@ def prune_layer(
     """Prune the matrices of layer ``index`` in place and send both streams through it.
 
     Returns what became of them, and how far the streams are apart behind the layer, as `Flow.advance_pruned` does.
-    The layer is dense and on the device of the flow, whose dense stream goes first.  ``tell`` hears the name and error of each matrix.
+    The layer is dense and on the device of the flow, whose dense stream goes first.  ``tell`` hears the name
+    and error of each matrix.
     """
     pruner = _Pruner(flow.decoder, index, recipe, flow.processes, tell)
     course = find_own_course(flow, index)

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import s3lab as s3
-from s3lab.models.storage.checkpoint import save_pruned
+from s3lab.models.storage.checkpoint import read_parts, save_pruned
 from s3lab.models.storage.packed import pack_model, unpack_model
 from s3lab.packing.weigh import weigh
 
@@ -98,12 +98,19 @@ def test_a_later_run_leaves_no_parts_of_an_earlier_one(tmp_path):
         assert (tmp_path / "pruned" / "wraps.safetensors").exists() == bool(options)
 
 
-def test_the_loss_weighs_what_a_wrap_leaves():
-    """With blocks over several rows, each of which counts as the loss hangs on it."""
-    options = {"hessians": "dense", "hessian": "loss"}
-    wrapped, alone = prune(wrap=s3.Wrap(block=8), **options), prune(**options)
-    for with_wrap, without in zip(wrapped.matrices, alone.matrices, strict=True):
-        assert with_wrap["error"] < without["error"]
+def test_the_loss_weighs_what_a_wrap_leaves(monkeypatch):
+    """By how much it hangs on each output, in the errors that rows tell, too."""
+    seen = []
+
+    def spy(W, *args, **options):
+        found = s3.wrap(W, *args, **options)
+        seen.append((found.error, s3.output_error(found.dense, W, args[1], options["outputs"]), options["outputs"]))
+        return found
+
+    monkeypatch.setattr("s3lab.models.prune.layerwise.wrap", spy)
+    run = prune(wrap=s3.Wrap(block=8), hessians="dense", hessian="loss")
+    assert [row["error"] for row in run.matrices] == [error for error, _, _ in seen]
+    assert all(error == by_hand and len(set(outputs.tolist())) > 1 for error, by_hand, outputs in seen)
 
 
 def test_what_does_not_go_with_a_wrap_is_told():
@@ -111,3 +118,11 @@ def test_what_does_not_go_with_a_wrap_is_told():
         prune(wrap=s3.Wrap(block=4), refit=True)
     with pytest.raises(s3.ShapeError, match="divisor of both"):
         prune(wrap=s3.Wrap(block=5))
+
+
+def test_a_matrix_of_another_shape_keeps_no_parts(tmp_path):
+    """As one is that was taken apart since."""
+    run = prune(wrap=s3.Wrap(block=4))
+    run.model.model.layers[0].mlp.up_proj = torch.nn.Linear(16, 24, bias=False)
+    save_pruned(run.model, None, tmp_path / "pruned", run)
+    assert run.wrapped.keys() - read_parts(tmp_path / "pruned").keys() == {"model.layers.0.mlp.up_proj"}

@@ -102,6 +102,12 @@ def test_what_is_written_is_read_back(stored, tmp_path):
     assert found.keys() == weights.keys() | {"norm"} and all(torch.equal(found[name], W) for name, W in weights.items())
 
 
+def cut_blocks(told, tensors, block):
+    told["wrap"] = block
+    for side, size in (("left", 16), ("right", 64)):
+        tensors[f"layers.7.{side}"] = torch.ones(size // block, block, block).bfloat16()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -118,6 +124,7 @@ def test_what_is_written_is_read_back(stored, tmp_path):
         (lambda told, t: told[6].__setitem__("wrap", 4), "layers.7.left is"),
         (lambda told, t: told[6].__setitem__("wrap", -8), "layers.7.left is"),
         (lambda told, t: told[7].__setitem__("wrap", 8), "tells of no"),
+        (lambda told, t: cut_blocks(told[6], t, 6), "layers.7.left is"),  # of which two do not fill 16 rows
         (lambda told, t: t.pop("layers.7.left"), "tells of no layers.7.left"),
         (lambda told, t: told[0].__setitem__("spec", "1:4"), "index"),
         (lambda told, t: told[0].__setitem__("spec", "2;4"), "not as s3lab writes it"),

@@ -1,7 +1,7 @@
 """The directory of a run: what is done, written so that it is there whole or not at all, and known by its hash.
 
 ``manifest.json`` holds the settings, the rows and the hash of every other file; ``layers/`` the pruned weights of each
-finished layer; ``state/`` the hidden states with which the next layer begins.
+finished layer, and the parts of those that are wrapped; ``state/`` the hidden states with which the next layer begins.
 """
 
 from __future__ import annotations

@@ -29,6 +29,13 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def find_cache() -> Path:
+    """Return the folder for what is kept between runs: $S3LAB_CACHE, else $XDG_CACHE_HOME/s3lab, else ~/.cache/s3lab."""
+    if own := os.environ.get("S3LAB_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s3lab"
+
+
 def write(path: Path, data: bytes) -> None:
     """Write ``data`` to a file, whole or not at all; the folder is made if it is missing."""
     with replacing(path) as part:

@@ -1,14 +1,13 @@
 """Kernels in C++, translated by the system's compiler for this very CPU when they are first needed.
 
 A kernel includes no header of torch, which would be most of the time to translate it, and runs on torch's own threads.
-What was translated is kept in ``~/.cache/s3lab``, or in ``$XDG_CACHE_HOME/s3lab``.
+What was translated is kept in the cache folder.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from s3lab.files import replacing
+from s3lab.files import find_cache, replacing
 
 NATIVE = ("-march=native",)
 
@@ -31,10 +30,9 @@ def build(source: Path, flags: Sequence[str] = NATIVE) -> ctypes.CDLL:
     if compiler is None:
         raise OSError("no C++ compiler")
     key = "\n".join([source.read_text(), compiler, *flags, _tell_cpu()]).encode()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s3lab"
     # without a runtime of its own the kernel uses that of torch, whose threads are there already
     for link in ((), ("-fopenmp",)):
-        path = home / f"{source.stem}-{hashlib.sha256(key + repr(link).encode()).hexdigest()[:16]}.so"
+        path = find_cache() / f"{source.stem}-{hashlib.sha256(key + repr(link).encode()).hexdigest()[:16]}.so"
         if not path.exists():
             _compile(compiler, source, flags, link, path)
         try:

@@ -73,6 +73,43 @@ def test_it_holds_the_language_reference_and_the_docstrings_but_no_tests():
     assert not [name for name in texts if {"test", "tests", "idle_test"} & set(name.split("/")[1].split("."))]
 
 
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache folder, and nothing read in this process."""
+    monkeypatch.setenv("S3LAB_CACHE", str(tmp_path))
+    corpus.documents.cache_clear()
+    yield tmp_path
+    corpus.documents.cache_clear()
+
+
+def test_what_was_read_is_kept_and_read_again_where_it_is_damaged(cache, monkeypatch):
+    whole = corpus.documents()
+    (path,) = cache.iterdir()
+    good = path.read_bytes()
+
+    def read_again():
+        corpus.documents.cache_clear()
+        return corpus.documents()
+
+    monkeypatch.setattr(corpus, "_read_docstrings", list)  # a library without docstrings
+    assert read_again() == whole
+    poorer = set()
+    for bad in (good[:-9], good.replace(b"Heap queue", b"Help queue"), b"[]", b"{}", b""):
+        path.write_bytes(bad)
+        found = read_again()
+        poorer.add(len(found))
+        assert all(document.name.startswith("topics/") for document in found)
+    assert len(poorer) == 1 and max(poorer) < len(whole)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(cache, monkeypatch):
+    (cache / "file").write_text("")
+    monkeypatch.setenv("S3LAB_CACHE", str(cache / "file"))
+    monkeypatch.setattr(corpus, "_read_docstrings", list)
+    assert corpus.documents()[0].name.startswith("topics/")
+    assert [path.name for path in cache.iterdir()] == ["file"]
+
+
 def test_another_process_reads_the_same_and_runs_no_module():
     code = (
         "import hashlib, sys; from s3lab.models.text import corpus; before = set(sys.modules); "

@@ -53,7 +53,7 @@ def kernel(request, tmp_path_factory):
     if isinstance(decode.find_kernel(), str):
         pytest.skip(f"no kernel: {decode.find_kernel()}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("S3LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         try:
             return decode.Kernel(request.param)
         except OSError as error:
@@ -196,7 +196,7 @@ def test_what_runs_is_told(monkeypatch):
 
 
 def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("S3LAB_CACHE", str(tmp_path))
     with pytest.raises(OSError, match="failed"):
         decode.Kernel(("-march=no-such-cpu",))
     assert not list(tmp_path.rglob("*.so"))

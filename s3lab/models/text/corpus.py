@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import re
+import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, chain, islice
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from s3lab.errors import DataError
+from s3lab.files import find_cache, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,19 +67,19 @@ def documents() -> tuple[Document, ...]:
     """Return the built-in documents by name, no paragraph occurring twice among them all.
 
     A paragraph stays with the first document that holds it, whatever its line breaks; documents left without
-    text are dropped.  The standard library is parsed, never imported.  Takes a few seconds once a process.
+    text are dropped.  The standard library is parsed, never imported, which takes a few seconds: what was read is kept
+    in the cache folder, for this version of Python.
 
     >>> any(document.name == "topics/with" for document in documents())
     True
     """
-    places: dict[str, tuple[str, int]] = {}  # where each paragraph, its blanks aside, occurs first
-    kept = []
-    for name, text in sorted([*_read_topics(), *_read_docstrings()]):
-        parts = ((part, (name, i)) for i, part in enumerate(paragraphs(text)))
-        own = [part for part, place in parts if places.setdefault("".join(part.split()), place) == place]
-        if own:
-            kept.append(Document(name, "\n\n".join(own)))
-    return tuple(kept)
+    key = hashlib.sha256("\n".join((sys.version, ast.__file__, Path(__file__).read_text())).encode()).hexdigest()
+    path = find_cache() / f"text-{key[:16]}.json"
+    if (kept := _recall(path)) is None:
+        kept = list(_read_library())
+        with suppress(OSError):  # what cannot be kept is read again
+            write(path, json.dumps({"sha256": _seal(kept), "documents": kept}).encode())
+    return tuple(Document(name, text) for name, text in kept)
 
 
 def paragraphs(text: str) -> list[str]:
@@ -183,6 +187,28 @@ def hold_out(ids: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         raise DataError(f"{len(ids)} windows leave none when {count} are held out: hold out fewer, or give more text")
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     return ids[order[count:].sort().values], ids[order[:count]]
+
+
+def _recall(path: Path) -> list[list[str]] | None:
+    """The names and texts of a file of the cache, or None where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+        return found["documents"] if found["sha256"] == _seal(found["documents"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _seal(documents: list[list[str]]) -> str:
+    return hashlib.sha256(json.dumps(documents).encode()).hexdigest()
+
+
+def _read_library() -> Iterator[list[str]]:
+    places: dict[str, tuple[str, int]] = {}  # where each paragraph, its blanks aside, occurs first
+    for name, text in sorted([*_read_topics(), *_read_docstrings()]):
+        parts = ((part, (name, i)) for i, part in enumerate(paragraphs(text)))
+        own = [part for part, place in parts if places.setdefault("".join(part.split()), place) == place]
+        if own:
+            yield [name, "\n\n".join(own)]
 
 
 def _read_topics() -> Iterator[tuple[str, str]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from s3lab.errors import DataError
+from s3lab.files import find_cache
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ FETCHABLE = {
 def locate(name: str, cache: str | Path | None = None) -> Path:
     """Return the folder that a fetchable model is in once it has been fetched, whether or not it has been.
 
-    It is in ``cache``, by default $S3LAB_CACHE, else $XDG_CACHE_HOME/s3lab, else ~/.cache/s3lab.  DataError for a name
-    that is not in `FETCHABLE`.
+    It is in ``cache``, by default that of `find_cache`.  DataError for a name that is not in `FETCHABLE`.
 
     >>> locate("smollm2", "cache").as_posix()
     'cache/smollm2-0.1.2'
@@ -53,7 +52,7 @@ def locate(name: str, cache: str | Path | None = None) -> Path:
     if name not in FETCHABLE:
         raise DataError(f"no model {name!r} can be fetched: there are {', '.join(FETCHABLE)}")
     version = FETCHABLE[name].requirement.partition("==")[2]
-    return (Path(cache) if cache else _find_cache()) / f"{name}-{version}"
+    return (Path(cache) if cache else find_cache()) / f"{name}-{version}"
 
 
 def find(name: str, cache: str | Path | None = None) -> Path:
@@ -62,9 +61,3 @@ def find(name: str, cache: str | Path | None = None) -> Path:
     if not folder.is_dir():
         raise DataError(f"{name} is not in {str(folder.parent)!r}: fetch it with `s3lab fetch {name}`")
     return folder
-
-
-def _find_cache() -> Path:
-    if own := os.environ.get("S3LAB_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s3lab"

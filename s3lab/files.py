@@ -30,7 +30,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 def find_cache() -> Path:
-    """Return the folder for what is kept between runs: $S3LAB_CACHE, else $XDG_CACHE_HOME/s3lab, else ~/.cache/s3lab."""
+    """Return the folder for what is kept: $S3LAB_CACHE, else $XDG_CACHE_HOME/s3lab, else ~/.cache/s3lab."""
     if own := os.environ.get("S3LAB_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s3lab"

@@ -29,7 +29,7 @@ def try_all(step):
 @pytest.fixture(scope="module")
 def found():
     pytest.importorskip("transformers")
-    return try_all(step=53)
+    return try_all(step=101)
 
 
 @pytest.mark.parametrize("kind", ["kills", "full", "read-only", "held"])

@@ -367,7 +367,7 @@ def start(*arguments):
 
 
 def test_an_interrupted_grid_goes_on_with_what_is_missing(house):
-    arguments = ("--grid", "size=0,1,2,3,4,5", "--jobs", "2", "--out", "made")
+    arguments = ("--grid", "size=0,1,2,3", "--jobs", "2", "--out", "made")
     done, under_way = ([house / "made" / f"size={i}" for i in pair] for pair in ((0, 1), (2, 3)))
     with start(*arguments) as process:
         while process.poll() is None and not all((folder / "begun").exists() for folder in under_way):
@@ -388,7 +388,7 @@ def test_an_interrupted_grid_goes_on_with_what_is_missing(house):
     with start(*arguments) as process:
         told, _ = process.communicate()
     assert process.returncode == 0 and told.count("up to date  made") == 2
-    assert "4 of 6 notebooks ran" in told
+    assert "2 of 4 notebooks ran" in told
     assert [(folder / "made.json").stat().st_mtime_ns for folder in done] == times
 
 

@@ -23,7 +23,7 @@ FAMILIES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny():
     """A function from the name of a family, with options of its config, to a random model, always the same."""
     transformers = pytest.importorskip("transformers")
@@ -39,7 +39,7 @@ def make_tiny():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ids():
     """Twelve sequences of sixteen tokens."""
     return torch.randint(3, 64, (12, 16), generator=torch.Generator().manual_seed(1))

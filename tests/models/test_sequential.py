@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -253,26 +254,27 @@ def spoil(path, how):
     path.write_bytes(data[: len(data) // 2] if how == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
 
 
+@pytest.fixture(scope="module")
+def stopped(make_tiny, ids, tmp_path_factory):
+    """A model pruned at one go, and the folder of a run that stopped on the way to it."""
+    whole, folder = make_tiny("Qwen3", num_hidden_layers=3), tmp_path_factory.mktemp("stopped")
+    prune_model(whole, None, "2:4", **QUIET, calibration=ids)
+    model = make_tiny("Qwen3", num_hidden_layers=3)
+    with pytest.raises(Stop):
+        prune_model(model, None, "2:4", batch=4, out=folder, progress=stop_after(17), calibration=ids)
+    return whole, folder
+
+
 @pytest.mark.parametrize("how", ["truncated", "flipped"])
 @pytest.mark.parametrize("place", ["manifest.json", "layers/000.*", "layers/001.*", "state/002/pruned-00000.*"])
-def test_a_spoilt_file_is_noticed_and_made_again(make_tiny, ids, place, how, tmp_path):
-    whole = make_tiny("Qwen3", num_hidden_layers=3)
-    prune_model(whole, None, "2:4", **QUIET, calibration=ids)
-    with pytest.raises(Stop):
-        prune_model(
-            make_tiny("Qwen3", num_hidden_layers=3),
-            None,
-            "2:4",
-            batch=4,
-            out=tmp_path,
-            progress=stop_after(17),
-            calibration=ids,
-        )
-    (path,) = tmp_path.glob(place)
+def test_a_spoilt_file_is_noticed_and_made_again(make_tiny, ids, stopped, place, how, tmp_path):
+    whole, folder = stopped
+    out = shutil.copytree(folder, tmp_path / "run")
+    (path,) = out.glob(place)
     spoil(path, how)
     model = make_tiny("Qwen3", num_hidden_layers=3)
-    run = prune_model(model, None, "2:4", out=tmp_path, **QUIET, calibration=ids)
-    assert run.damaged == [str(path.relative_to(tmp_path))]
+    run = prune_model(model, None, "2:4", out=out, **QUIET, calibration=ids)
+    assert run.damaged == [str(path.relative_to(out))]
     assert same(weights(whole), weights(model))
 
 
@@ -303,20 +305,18 @@ def test_a_finished_run_is_read_and_a_spoilt_one_finished_again(make_tiny, ids, 
         ({"calibration": torch.full((12, 16), 7)}, "calibration is"),
     ],
 )
-def test_a_run_of_other_settings_is_refused_and_they_are_named(make_tiny, ids, tmp_path, change, named):
-    call = {"tokenizer": None, "calibration": ids, "spec": "2:4", "batch": 4, "out": tmp_path, "progress": False}
-    prune_model(make_tiny("Qwen3"), **call)
+def test_a_run_of_other_settings_is_refused_and_they_are_named(make_tiny, ids, stopped, change, named):
+    call = {"tokenizer": None, "calibration": ids, "spec": "2:4", "batch": 4, "out": stopped[1], "progress": False}
     with pytest.raises(DataError, match=f"has other settings: {named}"):
-        prune_model(make_tiny("Qwen3"), **call | change)
+        prune_model(make_tiny("Qwen3", num_hidden_layers=3), **call | change)
 
 
-def test_another_model_is_refused(make_tiny, ids, tmp_path):
-    model = make_tiny("Qwen3")
-    prune_model(model, None, "2:4", out=tmp_path, **QUIET, calibration=ids)
+def test_another_model_is_refused(make_tiny, ids, stopped):
+    pruned, folder = stopped
     with pytest.raises(DataError, match="other settings: weights is"):
-        prune_model(model, None, "2:4", out=tmp_path, **QUIET, calibration=ids)
+        prune_model(pruned, None, "2:4", out=folder, **QUIET, calibration=ids)
     with pytest.raises(DataError, match="other settings: model is 'Qwen3ForCausalLM' there"):
-        prune_model(make_tiny("Llama"), None, "2:4", out=tmp_path, **QUIET, calibration=ids)
+        prune_model(make_tiny("Llama", num_hidden_layers=3), None, "2:4", out=folder, **QUIET, calibration=ids)
 
 
 def test_the_manifest_of_something_else_is_left_alone(make_tiny, ids, tmp_path):

@@ -16,15 +16,19 @@ from s3lab.models.structure.capture import find_linears
 FAST = {"steps": 4, "tokens": 64, "every": 2, "lr": 3e-3}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pair(make_tiny, ids):
     """A function from a family and a spec to a pruned model, the rows of its run, and the dense model."""
 
+    known = {}
+
     def make(family="Qwen3", spec="2:4", dtype=torch.float32):
-        dense = make_tiny(family).to(dtype)
-        model = deepcopy(dense)
-        run = s3.prune_model(model, None, spec, "magnitude", calibration=ids, progress=False)
-        return model, run.matrices, dense
+        if (key := (family, repr(spec), dtype)) not in known:
+            dense = make_tiny(family).to(dtype)
+            model = deepcopy(dense)
+            run = s3.prune_model(model, None, spec, "magnitude", calibration=ids, progress=False)
+            known[key] = model, run.matrices, dense
+        return deepcopy(known[key])
 
     return make
 

@@ -1,5 +1,8 @@
 """A whole model with wrapped cores: each matrix is the product, and its row tells what that holds beside the core."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
@@ -28,9 +31,15 @@ def prune(make=make_model, **options):
     return s3.prune_model(make(), None, "2:4", "sparsegpt", calibration=IDS, progress=False, **options)
 
 
-def test_each_matrix_is_at_or_below_its_core_alone():
-    """On the moments of the dense model, which both see."""
-    wrapped, alone = prune(wrap=s3.Wrap(block=4), hessians="dense"), prune(hessians="dense")
+@pytest.fixture(scope="module")
+def wrapped():
+    """A run on the moments of the dense model; copies of it may be changed."""
+    return prune(wrap=s3.Wrap(block=4), hessians="dense")
+
+
+def test_each_matrix_is_at_or_below_its_core_alone(wrapped):
+    """On the same moments."""
+    alone = prune(hessians="dense")
     for with_wrap, without in zip(wrapped.matrices, alone.matrices, strict=True):
         assert with_wrap["error"] < without["error"] and with_wrap["density"] == 0.5
         M, K = with_wrap["shape"]
@@ -75,9 +84,8 @@ def test_a_packed_core_gives_what_the_product_gives(make, dtype, tmp_path):
             assert line.wraps == dtype.itemsize * 4 * (M + K)
 
 
-def test_what_is_no_product_of_its_parts_stays_dense(tmp_path):
-    run = prune(wrap=s3.Wrap(block=4))
-    save_pruned(run.model, None, tmp_path / "pruned", run)
+def test_what_is_no_product_of_its_parts_stays_dense(wrapped, tmp_path):
+    save_pruned(wrapped.model, None, tmp_path / "pruned", wrapped)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
@@ -91,11 +99,10 @@ def test_what_is_no_product_of_its_parts_stays_dense(tmp_path):
     assert len(told) == 14 and all("does not have its parts" in reason for reason in told.values())
 
 
-def test_a_later_run_leaves_no_parts_of_an_earlier_one(tmp_path):
-    for options in ({"wrap": s3.Wrap(block=4)}, {}):
-        run = prune(**options)
+def test_a_later_run_leaves_no_parts_of_an_earlier_one(wrapped, tmp_path):
+    for run in (wrapped, prune()):
         save_pruned(run.model, None, tmp_path / "pruned", run)
-        assert (tmp_path / "pruned" / "wraps.safetensors").exists() == bool(options)
+        assert (tmp_path / "pruned" / "wraps.safetensors").exists() == (run is wrapped)
 
 
 def test_the_loss_weighs_what_a_wrap_leaves(monkeypatch):
@@ -120,9 +127,9 @@ def test_what_does_not_go_with_a_wrap_is_told():
         prune(wrap=s3.Wrap(block=5))
 
 
-def test_a_matrix_of_another_shape_keeps_no_parts(tmp_path):
+def test_a_matrix_of_another_shape_keeps_no_parts(wrapped, tmp_path):
     """As one is that was taken apart since."""
-    run = prune(wrap=s3.Wrap(block=4))
+    run = replace(wrapped, model=deepcopy(wrapped.model))
     run.model.model.layers[0].mlp.up_proj = torch.nn.Linear(16, 24, bias=False)
     save_pruned(run.model, None, tmp_path / "pruned", run)
     assert run.wrapped.keys() - read_parts(tmp_path / "pruned").keys() == {"model.layers.0.mlp.up_proj"}

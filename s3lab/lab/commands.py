@@ -59,7 +59,7 @@ def prune(options: argparse.Namespace) -> int:
                 model,
                 families,
                 options.budget,
-                options.allocate or "error",
+                options.allocate or "loss",
                 tokenizer=tokenizer,
                 cost=options.cost or "bytes",
                 moments=moments,

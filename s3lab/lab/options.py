@@ -125,7 +125,7 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     what.add_argument("--spec", action="append", metavar="SPEC", help="such as 2:4, or GLOB=SPEC, repeated")
     what.add_argument("--budget", type=budget, metavar="SHARE", help="of the dense cost, such as 50%%, to share out")
     prune.add_argument(
-        "--allocate", choices=tuple(METHODS), help="how a budget is shared out over the matrices (default: error)"
+        "--allocate", choices=tuple(METHODS), help="how a budget is shared out over the matrices (default: loss)"
     )
     prune.add_argument(
         "--family",

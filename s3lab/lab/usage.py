@@ -91,7 +91,7 @@ examples:
   s3lab prune my-model --spec '*.mlp.*=2:4' --spec '*.o_proj=8:16' --spec '*=dense' --out pruned
   s3lab prune Qwen/Qwen3-1.7B --spec 2:4 --calibration c4 --sequences 1024 --length 1024 --device cuda --out pruned
   s3lab prune reference --spec 2:4 --rotate hadamard --permute wanda --out pruned
-  s3lab prune my-model --budget 50% --allocate error --family '{n}:16' --out pruned
+  s3lab prune my-model --budget 50% --family '{n}:16' --out pruned
   torchrun --nproc-per-node 4 --no-python s3lab prune my-model --spec 2:4 --device cuda --distributed --out pruned
 
 A spec, solver or family of the form GLOB=VALUE is for the matrices whose names match; the first that matches counts.

@@ -118,7 +118,7 @@ def test_uniform_is_the_plain_spec_where_that_costs_just_so(make_tiny, ids):
 
 def test_error_loses_no_more_than_uniform_and_tells_each_curve(make_tiny, ids):
     model = make_tiny("Qwen3")
-    found = s3.allocate(model, EVEN, "50%", cost="weights", solver="wanda", calibration=ids, **QUIET)
+    found = s3.allocate(model, EVEN, "50%", "error", cost="weights", solver="wanda", calibration=ids, **QUIET)
     plain = sum(row["curve"]["8:16"] ** 2 for row in found.rows)
     ours = sum(row["error"] ** 2 for row in found.rows)
     assert ours == pytest.approx(found.facts["loss"]) and found.facts["bound"] <= ours < plain
@@ -131,7 +131,7 @@ def test_error_loses_no_more_than_uniform_and_tells_each_curve(make_tiny, ids):
 def test_error_is_the_best_of_all_allocations(make_tiny, ids):
     model = make_tiny("Llama", num_hidden_layers=1)
     family = {"*.k_proj": "{n in 1..3}:4", "*.v_proj": "{n in 1..3}:4", "*.q_proj": "{n in 1..3}:4", "*": "dense"}
-    found = s3.allocate(model, family, "50%", cost="weights", solver="obd", calibration=ids, **QUIET)
+    found = s3.allocate(model, family, "50%", "error", cost="weights", solver="obd", calibration=ids, **QUIET)
     curves = [list(row["curve"].items()) for row in found.rows]
     sizes = {"q_proj": 32 * 32, "k_proj": 16 * 32, "v_proj": 16 * 32}
     own = [next(size for kind, size in sizes.items() if kind in row["name"]) for row in found.rows]
@@ -142,6 +142,25 @@ def test_error_is_the_best_of_all_allocations(make_tiny, ids):
         if sum(n * share[text] for n, (text, _) in zip(own, choice, strict=True)) <= 0.5 * sum(own)
     )
     assert found.facts["loss"] == pytest.approx(best)
+
+
+def test_unless_told_it_goes_by_the_loss_and_a_search_begins_there(make_tiny, ids):
+    model = make_tiny("Qwen3")
+    options = {"cost": "weights", "solver": "wanda", "calibration": ids, **QUIET}
+    found = s3.allocate(model, EVEN, "50%", **options)
+    by_error = s3.allocate(model, EVEN, "50%", "error", **options)
+    weights = found.facts["sensitivity"]
+
+    def add_up(allocation):
+        return sum(w * row["error"] ** 2 for w, row in zip(weights, allocation.rows, strict=True))
+
+    assert found.facts["method"] == "loss" and add_up(found) == pytest.approx(found.facts["loss"])
+    assert add_up(found) < add_up(by_error) and found.table != by_error.table
+    once = Search(steps=(1,), generations=1, offspring=1)
+    searched = s3.allocate(model, EVEN, "50%", "search", search=once, **options)
+    s3.prune_model(model, None, found, "wanda", hessians="dense", calibration=ids, **QUIET)
+    seen = torch.cat([chunk.ids for chunk in cut_chunks(ids, 0.1, 4, 0) if not chunk.held_out])[:8]
+    assert searched.facts["perplexity_before"] == pytest.approx(perplexity(model, seen), rel=1e-5)
 
 
 def test_a_search_ends_no_worse_than_it_began_and_tells_perplexities_that_hold(make_tiny, ids):

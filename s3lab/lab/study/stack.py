@@ -73,7 +73,7 @@ class Stacking:
     solver: str = "sparsegpt"
     rotation: str = "learned"
     order: str = "wanda"
-    method: str = "error"
+    method: str = "loss"
     block: int = 16
     sequences: int = 128
     windows: int = 40
@@ -143,7 +143,7 @@ class Stacking:
         common: dict[str, Any] = {"calibration": ids, "damp": self.damp, "seed": seed, "progress": False}
         if "budget" in stack:
             share = self._count_bits(pattern) / self._weight_bits
-            specs = allocate(model, family, share, self.method, solver=self.solver, moments=moments, **common)
+            specs = allocate(model, family, share, self.method, moments=moments, **common)
         weighted = "loss" in stack
         run = prune_model(
             model,

@@ -89,7 +89,7 @@ def allocate(
     model: PreTrainedModel,
     family: str | Mapping[str, str],
     target: str | float,
-    method: str = "error",
+    method: str = "loss",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     cost: str | Cost = "bytes",

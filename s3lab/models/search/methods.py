@@ -67,6 +67,11 @@ class Task:
         self.errors = curves.measure()
         return curves
 
+    def weigh_by_loss(self) -> tuple[list[list[float]], dict[str, Any]]:
+        """Return what the error of each rung, once solved, adds to the loss, and the sensitivities as facts."""
+        weights = measure_sensitivity(self.model, self.ladders, self.moments, self.windows)
+        return weigh_errors(self.errors or [], weights), {"sensitivity": weights}
+
     def choose(self, losses: list[list[float]]) -> Choice:
         return choose(self.costs, losses, self.budget)
 
@@ -90,14 +95,14 @@ def _error(task: Task) -> tuple[Choice, dict[str, Any]]:
 
 
 def _loss(task: Task) -> tuple[Choice, dict[str, Any]]:
-    weights = measure_sensitivity(task.model, task.ladders, task.moments, task.windows)
     task.solve()
-    return task.choose(weigh_errors(task.errors or [], weights)), {"sensitivity": weights}
+    losses, told = task.weigh_by_loss()
+    return task.choose(losses), told
 
 
 def _search(task: Task) -> tuple[Choice, dict[str, Any]]:
     curves = task.solve(kept=True)
-    losses = weigh_errors(task.errors or [])
+    losses, known = task.weigh_by_loss()
     start = task.choose(losses)
     told = [dict(task.source), curves.solves, repr(task.solver), dict(task.options), task.windows.tolist()]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
@@ -108,7 +113,7 @@ def _search(task: Task) -> tuple[Choice, dict[str, Any]]:
     finally:
         fitness.restore()
     cost, loss = (sum(row[r] for row, r in zip(rows, rungs, strict=True)) for rows in (task.costs, losses))
-    facts = {"search": repr(task.search), "perplexity_before": began, "perplexity_after": ended}
+    facts = {**known, "search": repr(task.search), "perplexity_before": began, "perplexity_after": ended}
     return Choice(rungs, cost, loss, start.price, start.bound), facts
 
 

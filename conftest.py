@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 from nbval.plugin import IPyNbCell
 
-# Before anything imports the package: from here on the shapes in its annotations are checked at every call.
+# Before anything imports the package: from here on the shapes in its annotations are checked at every call, in the
+# modules that have any.  A package stands for all that is in it, so the solvers' is not named.
+ROOT = Path(__file__).parent
+SHAPED = [path for path in (ROOT / "s3lab").rglob("*.py") if "from s3lab.shapes import" in path.read_text()]
 install_import_hook(
-    [f"s3lab.{floor}" for floor in ("tensors", "solvers", "packing", "training", "models")], "beartype.beartype"
+    [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SHAPED if path.stem != "__init__"],
+    "beartype.beartype",
 )
 
 # Every run draws the same examples, and a loaded machine is no reason to fail.

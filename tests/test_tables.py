@@ -78,6 +78,9 @@ TABLES = {
     ("README.md", "Salient weights"): Source(
         "benchmarks/results/salient_model.csv", ("pattern",), "method", "documentation_perplexity"
     ),
+    ("README.md", "Around the mask"): Source(
+        "benchmarks/results/stack.csv", ("pattern", "stack", "budgets"), "solver", "documentation_perplexity"
+    ),
     ("README.md", "Beyond 2:4: weights, inputs, corrections"): Source(
         PATTERNS, ("solver",), "pattern", "perplexity", PLAIN
     ),

@@ -76,7 +76,7 @@ def test_prune_meets_a_budget_and_records_what_was_chosen_and_why(tiny, tmp_path
     command = ["prune", str(tiny), *budget, "--solver", "wanda", *SMALL, "--out", str(out)]
     assert cli.main(command) == 0
     told = capsys.readouterr().out
-    assert "50.00% of weights by error: " in told and "kept 50.0% of 6 matrices" in told
+    assert "50.00% of weights by loss: " in told and "kept 50.0% of 6 matrices" in told
     first = (out / "model.safetensors").read_bytes()
     record = json.loads((out / "s3lab.json").read_text())
     chosen = {row["name"]: row for row in record["budget"]["rows"]}
@@ -85,7 +85,7 @@ def test_prune_meets_a_budget_and_records_what_was_chosen_and_why(tiny, tmp_path
         own = chosen[f"model.layers.{row['layer']}.{row['name']}"]
         assert row["spec"] == own["spec"] and own["error"] == own["curve"][own["spec"]]
         assert row["density"] == pytest.approx(own["share"])
-    assert "| Budget | 50.00% of weights by error" in (out / "README.md").read_text()
+    assert "| Budget | 50.00% of weights by loss" in (out / "README.md").read_text()
     kept = {path: path.stat().st_mtime_ns for path in (out / "budget" / "curves").rglob("*.json")}
     assert cli.main(command) == 0 and (out / "model.safetensors").read_bytes() == first
     assert kept == {path: path.stat().st_mtime_ns for path in (out / "budget" / "curves").rglob("*.json")}

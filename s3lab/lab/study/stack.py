@@ -61,8 +61,9 @@ class Stacking:
     """What all rows share: a model, texts by name, each a source to calibrate on and one to measure on, and sizes.
 
     The first text calibrates, in ``sequences`` of ``length`` tokens, and ``windows`` of each measure.  ``rotation`` is
-    a kind of `rotate`, ``order`` the score of `permute`, ``method`` one of `allocate`, ``block`` the size of the blocks
-    around a wrapped core.  Second moments are the dense model's, and shared by all rows of the same basis and seed.
+    a kind of `rotate`, ``order`` the score of `permute`, ``method`` one of `allocate`, by SparseGPT's errors whatever
+    ``solver`` prunes, ``block`` the size of the blocks around a wrapped core.  Second
+    moments are the dense model's, and shared by all rows of the same basis and seed.
     What is finished is kept in ``folder``.
     """
 

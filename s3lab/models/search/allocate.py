@@ -132,7 +132,8 @@ def allocate(
     again.  ``progress`` is a bar, or a function of each solve's layer and spec.  The model is as it was.
 
     Raises SpecError for a family that does not fit, and a target that it does not reach within 0.5 %, saying what it
-    does; DataError as `prune_model` does.  Cost: a forward pass of each layer, and a solve of each matrix a rung.
+    does; DataError as `prune_model` does.  Cost: a forward pass of each layer, a solve of each
+    matrix a rung, and of ``loss`` and ``search`` a backward pass over ``windows``.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
     >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}

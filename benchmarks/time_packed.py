@@ -71,7 +71,7 @@ def methods(W: Tensor, patterns: list[str], x: Tensor) -> dict[tuple[str, str], 
         part = s3.parse(text).bind((W.shape[0], W.shape[1]))
         packed = pack(W.where(part.project(W.float().abs()), 0), text)
         rows = Rows.of(packed.places[ALONE], packed.values[ALONE])
-        _ = rows.lines, rows.runs
+        _ = rows.lines, rows.runs, rows.half
         bits = 0 if rows.lines else (rows.bits if rows.runs is None else rows.runs).nbytes
         size = rows.values.bytes + bits + rows.starts.nbytes
         call = rotate(lambda rows=rows: deepcopy(rows), size, lambda own: multiply(own, x))

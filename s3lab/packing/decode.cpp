@@ -1,9 +1,10 @@
 // y = x Wᵀ for a few tokens x, of a weight W (M, K) that is laid out by rows: `rows.py` says how, `decode.py` calls this.
 //
 // A row is read once: its bits and its values, in order, nothing else.  `expand` has a bit for each weight and moves
-// the values of a vector of weights to their places in a register; `runs` has a bit for each 16 weights, which are all
-// kept or all pruned, and passes over those that are not there; `whole` has no bits, as all weights are there.  Tokens
-// are of the weight's type, so that they stay in the first cache; sums are in float32.
+// the values of a vector of weights to their places in a register; `gather` does so where 8 of each 16 weights are
+// kept, and moves the tokens to the values instead, of which none is then multiplied by zero; `runs` has a bit for each
+// 16 weights, which are all kept or all pruned, and passes over those that are not there; `whole` has no bits, as all
+// weights are there.  Tokens are of the weight's type, so that they stay in the first cache; sums are in float32.
 
 #include <cstdint>
 #include <cstring>
@@ -126,6 +127,56 @@ inline Vector spread(const Value*& p, const uint8_t* bits, const Value* end) {
     return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(from, 31)), placed);
 }
 
+// Where each of 8 lanes takes its value from, so that the places whose bits are set come first (0) or last (1).
+struct Kept {
+    alignas(32) int32_t floats[2][256][8];
+    alignas(16) int8_t halves[2][256][16];  // by bytes, of which -1 is zero
+    Kept() {
+        std::memset(this, -1, sizeof *this);
+        for (int mask = 0; mask < 256; ++mask)
+            for (int place = 0, next = 0; place < 8; ++place) {
+                if (!(mask >> place & 1)) continue;
+                int lanes[2] = {next, 8 - __builtin_popcount(mask) + next};
+                for (int end = 0; end < 2; ++end) {
+                    floats[end][mask][lanes[end]] = place;
+                    for (int part = 0; part < 2; ++part)
+                        halves[end][mask][2 * lanes[end] + part] = static_cast<int8_t>(2 * place + part);
+                }
+                ++next;
+            }
+    }
+};
+const Kept lanes;
+
+// The sums of products of the next 16 values with those of 32 columns whose bits are set, 8 of each 16.
+inline void add_half(const float* values, const float* x, const uint8_t* bits, Vector& even, Vector& odd) {
+    auto kept = [](const float* columns, int low, int high) {
+        __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes.floats[0][low]));
+        __m256i last = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes.floats[1][high]));
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(load(columns), first),
+                                _mm256_permutevar8x32_ps(load(columns + 8), last), _mm256_castsi256_ps(first));
+    };
+    even = add_product(kept(x, bits[0], bits[1]), load(values), even);
+    odd = add_product(kept(x + 16, bits[2], bits[3]), load(values + 8), odd);
+}
+inline __m128i read(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline void add_pairs(__m256i a, __m256i b, Vector& even, Vector& odd) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
+    auto upper = [&](__m256i v) { return _mm256_castsi256_ps(_mm256_and_si256(v, high)); };
+    auto lower = [&](__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); };
+    even = add_product(lower(a), lower(b), even);
+    odd = add_product(upper(a), upper(b), odd);
+}
+inline void add_half(const bf16* values, const bf16* x, const uint8_t* bits, Vector& even, Vector& odd) {
+    auto kept = [](const bf16* columns, int low, int high) {
+        return _mm_or_si128(_mm_shuffle_epi8(read(columns), read(lanes.halves[0][low])),
+                            _mm_shuffle_epi8(read(columns + 8), read(lanes.halves[1][high])));
+    };
+    __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    add_pairs(_mm256_set_m128i(kept(x + 16, bits[2], bits[3]), kept(x, bits[0], bits[1])), own, even, odd);
+}
+#define GATHERS
+
 #else
 
 template <class Value>
@@ -191,6 +242,35 @@ void expand(const uint8_t* bits, const int64_t* starts, const Value* values, con
     }
 }
 
+#ifdef GATHERS
+
+template <int TOKENS, class Value>
+void gather(const uint8_t* bits, const int64_t*, const Value* values, const Value* x, float* y, int64_t M, int64_t K,
+            int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < M; ++row) {
+        const uint8_t* own = bits + row * (K / 8);
+        const Value* p = values + row * (K / 2);
+        Vector even[TOKENS], odd[TOKENS];
+        for (int t = 0; t < TOKENS; ++t) even[t] = odd[t] = none();
+        for (int64_t k = 0; k < K; k += 32, own += 4, p += 16) {
+            __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD);
+            for (int t = 0; t < TOKENS; ++t) add_half(p, x + t * K + k, own, even[t], odd[t]);
+        }
+        for (int t = 0; t < TOKENS; ++t) y[t * M + row] = total(even[t]) + total(odd[t]);
+    }
+}
+
+#else
+
+template <int TOKENS, class Value>
+void gather(const uint8_t* bits, const int64_t* starts, const Value* values, const Value* x, float* y, int64_t M,
+            int64_t K, int threads) {
+    expand<TOKENS>(bits, starts, values, x, y, M, K, threads);
+}
+
+#endif
+
 template <int TOKENS, class Value>
 void whole(const Value* values, const Value* x, float* y, int64_t M, int64_t K, int threads) {
     int64_t stride = (K + PADDED - 1) / PADDED * PADDED;
@@ -234,15 +314,17 @@ void runs(const uint8_t* bits, const int64_t* starts, const Value* values, const
     }
 }
 
-// `run` weights stand or fall together, K of them in a row that is whole.
+enum Layout { SINGLE, HALF, RUNS, WHOLE };  // in the order of `decode.py`
+
 template <class Value>
-int multiply(int64_t run, const uint8_t* bits, const int64_t* starts, const Value* values, const Value* x, float* y,
+int multiply(int layout, const uint8_t* bits, const int64_t* starts, const Value* values, const Value* x, float* y,
              int64_t M, int64_t K, int tokens, int threads) {
     switch (tokens) {
 #define CASE(T)                                                                        \
     case T:                                                                            \
-        if (run == K) whole<T>(values, x, y, M, K, threads);                           \
-        else if (run == 16) runs<T>(bits, starts, values, x, y, M, K, threads);        \
+        if (layout == WHOLE) whole<T>(values, x, y, M, K, threads);                    \
+        else if (layout == RUNS) runs<T>(bits, starts, values, x, y, M, K, threads);   \
+        else if (layout == HALF) gather<T>(bits, starts, values, x, y, M, K, threads); \
         else expand<T>(bits, starts, values, x, y, M, K, threads);                     \
         return 0;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
@@ -257,13 +339,13 @@ extern "C" {
 
 const char* s3lab_level() { return LEVEL; }
 
-int s3lab_multiply_float32(int64_t run, const uint8_t* bits, const int64_t* starts, const float* values, const float* x,
+int s3lab_multiply_float32(int layout, const uint8_t* bits, const int64_t* starts, const float* values, const float* x,
                            float* y, int64_t M, int64_t K, int tokens, int threads) {
-    return multiply(run, bits, starts, values, x, y, M, K, tokens, threads);
+    return multiply(layout, bits, starts, values, x, y, M, K, tokens, threads);
 }
 
-int s3lab_multiply_bfloat16(int64_t run, const uint8_t* bits, const int64_t* starts, const bf16* values, const bf16* x,
+int s3lab_multiply_bfloat16(int layout, const uint8_t* bits, const int64_t* starts, const bf16* values, const bf16* x,
                             float* y, int64_t M, int64_t K, int tokens, int threads) {
-    return multiply(run, bits, starts, values, x, y, M, K, tokens, threads);
+    return multiply(layout, bits, starts, values, x, y, M, K, tokens, threads);
 }
 }

@@ -24,6 +24,7 @@ from s3lab.tensors.compiled import NATIVE, build, pointer
 TOKENS = 8  # as many the kernel takes
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_SINGLE, _HALF, _RUNS, _WHOLE = range(4)  # the layouts of the kernel
 _VECTOR = 32  # a row is read in steps of so many weights
 _PADDED = 64  # tokens end so, of whole rows, which are of any length
 
@@ -47,19 +48,20 @@ class Kernel:
         """
         values, x = rows.values.decode(), x.to(rows.values.dtype)
         if rows.lines is None:
-            run, bits = (1, rows.bits) if rows.runs is None else (16, rows.runs)
-            return self._multiply(run, bits, rows.starts, values, x, *rows.shape)
+            if rows.runs is not None:
+                return self._multiply(_RUNS, rows.runs, rows.starts, values, x, *rows.shape)
+            return self._multiply(_HALF if rows.half else _SINGLE, rows.bits, rows.starts, values, x, *rows.shape)
         own, columns = rows.lines
         x = pad(x[:, columns], (0, -len(columns) % _PADDED))
-        y = self._multiply(len(columns), rows.bits, rows.starts, values, x, len(own), len(columns))
+        y = self._multiply(_WHOLE, rows.bits, rows.starts, values, x, len(own), len(columns))
         return _place(y, own, rows.shape[0])
 
-    def _multiply(self, run: int, bits: Tensor, starts: Tensor, values: Tensor, x: Tensor, M: int, K: int) -> Tensor:
+    def _multiply(self, layout: int, bits: Tensor, starts: Tensor, values: Tensor, x: Tensor, M: int, K: int) -> Tensor:
         y, x = x.new_empty(len(x), M, dtype=torch.float32), x.contiguous()
         call = getattr(self._library, f"s3lab_multiply_{_TYPES[values.dtype]}")
         pointers = map(pointer, (bits, starts, values, x, y))
         sizes = ctypes.c_int64(M), ctypes.c_int64(K), len(x), torch.get_num_threads()
-        if call(ctypes.c_int64(run), *pointers, *sizes):
+        if call(layout, *pointers, *sizes):
             raise AssertionError(f"{len(x)} tokens are more than {TOKENS}")
         return y
 
@@ -106,7 +108,7 @@ def multiply(rows: Rows, x: Tensor) -> Tensor | None:
 
 def tell(rows: Rows) -> str:
     """Return how products with a weight are computed, for few tokens and for more."""
-    what = "single weights" if rows.runs is None else "runs of 16"
+    what = "runs of 16" if rows.runs is not None else "8 of each 16 weights" if rows.half else "single weights"
     if rows.lines is not None:
         what = f"{len(rows.lines[0])} whole rows of {len(rows.lines[1])} columns"
     if not (why := reason(rows)):

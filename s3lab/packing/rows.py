@@ -60,6 +60,16 @@ class Rows:
         return pack_bits(padded.flatten()).view(len(kept), -1).to(self.bits.device)
 
     @cached_property
+    def half(self) -> bool:
+        """Whether 8 of each 16 columns are kept, as 2:4, 4:8 and 8:16 keep them."""
+        if self.shape[1] % 16:
+            return False
+        counts = self.bits - ((self.bits >> 1) & 0x55)
+        counts = (counts & 0x33) + ((counts >> 2) & 0x33)
+        counts = (counts + (counts >> 4)) & 0x0F
+        return bool((counts[:, ::2] + counts[:, 1::2] == 8).all())
+
+    @cached_property
     def lines(self) -> tuple[Tensor, Tensor] | None:
         """The rows and the columns that are kept, long (n,), if that is all there is to the mask, else None."""
         rows = self.starts.diff().nonzero().flatten()

@@ -102,18 +102,27 @@ def test_whole_rows_of_any_length_are_read_and_no_more(kernel, kept, dtype):
 
 
 @pytest.mark.parametrize(
-    ("text", "runs", "lines"),
+    ("text", "runs", "lines", "half"),
     [
-        ("2:4", False, False),
-        ("block16", True, False),
-        ("50%@4x16", True, False),
-        ("50% columns", False, True),
-        ("50% rows", True, True),
+        ("2:4", False, False, True),
+        ("8:16", False, False, True),
+        ("1:4", False, False, False),
+        ("16:32", False, False, False),
+        ("block16", True, False, False),
+        ("50%@4x16", True, False, False),
+        ("50% columns", False, True, False),
+        ("50% rows", True, True, False),
     ],
 )
-def test_what_a_mask_is_made_of_is_seen(text, runs, lines):
+def test_what_a_mask_is_made_of_is_seen(text, runs, lines, half):
     rows = lay(prune(text, torch.float32), text)
-    assert (rows.runs is not None) == runs and (rows.lines is not None) == lines
+    assert ((rows.runs is not None), (rows.lines is not None), rows.half) == (runs, lines, half)
+
+
+def test_a_row_with_8_of_only_its_first_16_is_no_half():
+    W = torch.zeros(2, 32)
+    W[:, :8] = W[0, 16:24] = 1
+    assert not lay(W, "1:1").half and not lay(W[:, :24], "1:1").half
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -180,7 +189,8 @@ def test_what_runs_is_told(monkeypatch):
     W = prune("2:4", torch.bfloat16)
     found = decode.find_kernel()
     if not isinstance(found, str):
-        assert f"up to 8 tokens by a kernel with {found.level} on single weights, more unpacked" in repr(make(W, "2:4"))
+        assert f"up to 8 tokens by a kernel with {found.level} on 8 of each 16 weights, more unpacked" in repr(make(W, "2:4"))
+        assert "on single weights" in repr(make(prune("25%", torch.bfloat16), "25%"))
         assert "on runs of 16" in repr(make(prune("block16", torch.bfloat16), "block16"))
     columns = prune("50% columns", W.dtype)
     assert "on 48 whole rows of 128 columns" in repr(make(columns, "50% columns"))

@@ -3,11 +3,10 @@
     python benchmarks/pack_model.py [--model smollm2] [--patterns 2:4 8:16] [--wraps 0 8] [--solver magnitude]
 
 Writes benchmarks/results/packed_model.csv, a row for the dense model, and for each pattern, its core alone (0) and
-between blocks of a size.  All is in
-bfloat16; bytes are those of the tensors of a file, matrices of the decoder layers and embeddings apart, and of the file
-as a whole.  Each model is measured in a process of its own: perplexity over 20 windows of 256 tokens of the built-in
-test text, and tokens a second, the median of those that it writes one after the other with a cache; --tokens 0 leaves
-these out, for a machine that is busy.
+between blocks of a size.  Pruned in float32, all is stored and measured in bfloat16; bytes are those of the tensors of
+a file, matrices of the decoder layers and embeddings apart, and of the file as a whole.  Each model is measured in a
+process of its own: perplexity over 20 windows of 256 tokens of the built-in test text, and tokens a second, the median
+of those that it writes one after the other with a cache; --tokens 0 leaves these out, for a machine that is busy.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def count_bytes(folder: Path) -> dict[str, int]:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    dense, tokenizer = load_model(args.model, torch.bfloat16)
+    dense, tokenizer = load_model(args.model, torch.float32)
     calibration = corpus.tokens(tokenizer, "calibration", LENGTH, args.sequences, 0)
     rows: list[dict[str, Any]] = []
     for pattern, block in [("1:1", 0), *product(args.patterns, args.wraps)]:
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         pruning = s3.prune_model(model, None, pattern, args.solver, wrap=wrap, calibration=calibration, progress=False)
         with TemporaryDirectory() as home:
             pruned, packed = Path(home) / "pruned", Path(home) / "packed"
-            save_pruned(model, tokenizer, pruned, pruning)
+            save_pruned(model.to(torch.bfloat16), tokenizer, pruned, pruning)
             before = measure_apart(pruned, args)
             sizes = count_bytes(pruned)
             told = {"pattern": "dense" if pattern == "1:1" else pattern, "wrap": block}

@@ -33,7 +33,7 @@ from s3lab.files import write
 from s3lab.lab.run.record import device_name
 from s3lab.models.text.pretrained import load_model
 from s3lab.packing.codec import ALONE, Packed, bind, pack
-from s3lab.packing.decode import multiply, tell
+from s3lab.packing.decode import find_product, tell
 from s3lab.packing.hardware import find_tile, to_bsr
 from s3lab.packing.rows import Rows
 
@@ -71,10 +71,11 @@ def methods(W: Tensor, patterns: list[str], x: Tensor) -> dict[tuple[str, str], 
         part = s3.parse(text).bind((W.shape[0], W.shape[1]))
         packed = pack(W.where(part.project(W.float().abs()), 0), text)
         rows = Rows.of(packed.places[ALONE], packed.values[ALONE])
-        _ = rows.lines, rows.runs, rows.half
         bits = 0 if rows.lines else (rows.bits if rows.runs is None else rows.runs).nbytes
         size = rows.values.bytes + bits + rows.starts.nbytes
-        call = rotate(lambda rows=rows: deepcopy(rows), size, lambda own: multiply(own, x))
+        product = find_product(rows)
+        assert product is not None
+        call = rotate(lambda product=product: deepcopy(product), size, lambda own: own(x))
         found[text, "s3lab"] = call, size, tell(rows)
         if (bsr := make_bsr(packed, x)) is not None:
             size = bsr.values().nbytes + bsr.col_indices().nbytes + bsr.crow_indices().nbytes

@@ -53,6 +53,8 @@ NAMES = {
     "change": "change_percent",
     "least": "least_percent",
     "most": "most_percent",
+    "2560 × 9728": "2560",
+    "9728 × 2560": "9728",
     "inputs' error": "error_inputs_change_percent",
     "loss's error": "error_loss_change_percent",
 }
@@ -88,6 +90,9 @@ TABLES = {
         "figures/training/scratch_small_changes.csv", ("pattern", "method"), "against", "change_percent"
     ),
     ("docs/training.md", "What a step takes"): Source("benchmarks/results/time_training_step.csv", ("method",)),
+    ("docs/packing.md", "Layers that run packed"): Source(
+        "benchmarks/results/time_packed.csv", ("pattern", "dtype"), "M", "faster", (("method", "s3lab"),)
+    ),
     ("docs/packing.md", "A whole model, against rounding"): Source("figures/weigh_reference.csv", ("model",)),
     ("docs/solvers.md", "Salient weights"): Source(
         "benchmarks/results/salient_gain.csv", ("pattern",), "solver", "gain_error_mean"

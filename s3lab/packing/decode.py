@@ -10,8 +10,8 @@ dense weight, and for any other mask a layer unpacks, and says why.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -19,14 +19,17 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from s3lab.packing.rows import Rows
-from s3lab.tensors.compiled import NATIVE, build, pointer
+from s3lab.tensors.compiled import NATIVE, build
 
 TOKENS = 8  # as many the kernel takes
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_ARGUMENTS = [ctypes.c_int, *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, *[ctypes.c_int] * 2]
 _SINGLE, _HALF, _RUNS, _WHOLE = range(4)  # the layouts of the kernel
 _VECTOR = 32  # a row is read in steps of so many weights
 _PADDED = 64  # tokens end so, of whole rows, which are of any length
+
+Product = Callable[[Tensor], Tensor]
 
 
 class Kernel:
@@ -37,31 +40,43 @@ class Kernel:
     """
 
     def __init__(self, flags: Sequence[str] = NATIVE) -> None:
-        self._library = build(_SOURCE, flags)
-        self._library.s3lab_level.restype = ctypes.c_char_p
-        self.level = self._library.s3lab_level().decode()
+        library = build(_SOURCE, flags)
+        library.s3lab_level.restype = ctypes.c_char_p
+        self.level = library.s3lab_level().decode()
+        self._calls = {dtype: getattr(library, f"s3lab_multiply_{name}") for dtype, name in _TYPES.items()}
+        for call in self._calls.values():
+            call.argtypes = _ARGUMENTS
+
+    def __deepcopy__(self, memo: object) -> Kernel:
+        """A kernel is shared by the copies of a layer."""
+        return self
 
     def multiply(self, rows: Rows, x: Tensor) -> Tensor:
         """Return x Wᵀ (T, M) in float32 of up to `TOKENS` tokens (T, K), for rows that `reason` has nothing against.
 
         Tokens are of the weight's dtype, or rounded to it.
         """
-        values, x = rows.values.decode(), x.to(rows.values.dtype)
-        if rows.lines is None:
-            if rows.runs is not None:
-                return self._multiply(_RUNS, rows.runs, rows.starts, values, x, *rows.shape)
-            return self._multiply(_HALF if rows.half else _SINGLE, rows.bits, rows.starts, values, x, *rows.shape)
-        own, columns = rows.lines
-        x = pad(x[:, columns], (0, -len(columns) % _PADDED))
-        y = self._multiply(_WHOLE, rows.bits, rows.starts, values, x, len(own), len(columns))
-        return _place(y, own, rows.shape[0])
+        return self.product(rows)(x)
 
-    def _multiply(self, layout: int, bits: Tensor, starts: Tensor, values: Tensor, x: Tensor, M: int, K: int) -> Tensor:
-        y, x = x.new_empty(len(x), M, dtype=torch.float32), x.contiguous()
-        call = getattr(self._library, f"s3lab_multiply_{_TYPES[values.dtype]}")
-        pointers = map(pointer, (bits, starts, values, x, y))
-        sizes = ctypes.c_int64(M), ctypes.c_int64(K), len(x), torch.get_num_threads()
-        if call(layout, *pointers, *sizes):
+    def product(self, rows: Rows) -> Product:
+        """Return `multiply` for one weight: what does not change from one product to the next is found once."""
+        values = rows.values.decode()
+        if rows.lines is not None:
+            own, columns = rows.lines
+            inner = partial(self._multiply, _WHOLE, rows.bits, rows.starts, values, (len(own), len(columns)))
+            return partial(_multiply_lines, inner, own, columns, rows.shape[0])
+        if rows.runs is not None:
+            return partial(self._multiply, _RUNS, rows.runs, rows.starts, values, rows.shape)
+        return partial(self._multiply, _HALF if rows.half else _SINGLE, rows.bits, rows.starts, values, rows.shape)
+
+    def _multiply(
+        self, layout: int, bits: Tensor, starts: Tensor, values: Tensor, shape: tuple[int, int], x: Tensor
+    ) -> Tensor:
+        x = x.to(values.dtype).contiguous()
+        x = pad(x, (0, -shape[1] % _PADDED)) if layout == _WHOLE else x
+        y, threads = x.new_empty(len(x), shape[0], dtype=torch.float32), torch.get_num_threads()
+        pointers = bits.data_ptr(), starts.data_ptr(), values.data_ptr(), x.data_ptr(), y.data_ptr()
+        if self._calls[values.dtype](layout, *pointers, *shape, len(x), threads):
             raise AssertionError(f"{len(x)} tokens are more than {TOKENS}")
         return y
 
@@ -93,17 +108,20 @@ def reason(rows: Rows) -> str:
     return found if isinstance(found, str) else ""
 
 
-def multiply(rows: Rows, x: Tensor) -> Tensor | None:
-    """Return x Wᵀ (T, M) of a few tokens (T, K), in float32 or their dtype; None where the weight must be unpacked."""
+def find_product(rows: Rows) -> Product | None:
+    """Return the function from a few tokens (T, K) to x Wᵀ (T, M), None where the weight must be unpacked.
+
+    Products are in float32 or the tokens' dtype.
+    """
     if not reason(rows):
         kernel = find_kernel()
         assert isinstance(kernel, Kernel)
-        return kernel.multiply(rows, x)
+        return kernel.product(rows)
     if rows.lines is None:
         return None
     own, columns = rows.lines
-    y = linear(x[:, columns], rows.values.decode().view(len(own), len(columns)))
-    return _place(y, own, rows.shape[0])
+    dense = rows.values.decode().view(len(own), len(columns))
+    return partial(_multiply_lines, partial(linear, weight=dense), own, columns, rows.shape[0])
 
 
 def tell(rows: Rows) -> str:
@@ -122,6 +140,7 @@ def tell(rows: Rows) -> str:
     return f"up to {TOKENS} tokens by {few}, more unpacked"
 
 
-def _place(y: Tensor, own: Tensor, M: int) -> Tensor:
-    """Outputs (T, M) with those of some rows in their places, zero elsewhere."""
+def _multiply_lines(product: Product, own: Tensor, columns: Tensor, M: int, x: Tensor) -> Tensor:
+    """Products with whole rows and columns alone, at their places (T, M), zero elsewhere."""
+    y = product(x[:, columns])
     return y if len(own) == M else y.new_zeros(len(y), M).index_copy_(1, own, y)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from s3lab.tensors.wraps import Wraps
 
 BUFFERS = "values", "scales", "index", *Wraps._fields
 _TILE = 1 << 25  # weights that are unpacked at a time
+_Product = Callable[[Tensor], Tensor | None]
 
 
 class PackedLinear(nn.Module):
@@ -66,6 +68,7 @@ class PackedLinear(nn.Module):
         self._leader = [leader] if leader else []  # in a list: it is no part of this layer
         self._rows: Rows | None = None
         self._form: gpu.Form | None = None
+        self._few: tuple[_Product | None, int] = None, 0  # what multiplies few tokens, and how many at most
         for name in BUFFERS:
             self.register_buffer(name, buffers.get(name))
 
@@ -83,9 +86,8 @@ class PackedLinear(nn.Module):
     @property
     def stored(self) -> Values:
         """The values as they are stored."""
-        kind, scales = self.told["values"], self.scales
-        dtype = self.values.dtype if scales is None else scales.dtype
-        return Values(kind, dtype, int(self.told["kept"][self.key]), self.values, scales, int(self.told["group"]))
+        kind, count, group = self.told["values"], int(self.told["kept"][self.key]), int(self.told["group"])
+        return Values(kind, self._dtype, count, self.values, self.scales, group)
 
     @property
     def rows(self) -> Rows:
@@ -97,6 +99,7 @@ class PackedLinear(nn.Module):
             packed = Packed(parse(self.told["spec"]), shapes, {self.key: self.stored}, index.cpu())
             self._rows = Rows.of(packed.places[self.key], self.stored)
             self._form = gpu.find_form(packed) if gpu.is_gpu(self.values.device) else None
+            self._few = self._find_product(self._rows)
         return self._rows
 
     @property
@@ -158,22 +161,41 @@ class PackedLinear(nn.Module):
 
     def _decode(self, x: Tensor) -> Tensor | None:
         """y for a few tokens that follow no other in x, where that is faster than to unpack."""
-        tokens = x.shape[:-1].numel()
+        if self._rows is None:
+            _ = self.rows
+        product, most = self._few
+        tokens = x.numel() // self.in_features
         alone = x.ndim < 3 or x.shape[-2] == 1
-        few = gpu.BATCH if gpu.is_gpu(x.device) else decode.TOKENS
-        if not (0 < tokens <= few and alone) or self.conv1d or self.transposed or x.dtype != self.stored.dtype:
+        if product is None or not (0 < tokens <= most and alone) or x.dtype != self._dtype:
             return None
-        if torch.is_grad_enabled() and x.requires_grad:
+        if x.requires_grad and torch.is_grad_enabled():
             return None
-        rows, flat, wraps = self.rows, x.reshape(tokens, -1), self.wraps
-        flat = flat if wraps is None else wraps.before(flat)
-        y = gpu.multiply(rows, self._form, flat) if gpu.is_gpu(x.device) else decode.multiply(rows, flat)
-        if y is None:
+        if (y := product(x.reshape(tokens, -1))) is None:
             return None
-        y = y if wraps is None else wraps.after(y.to(x.dtype))
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+    def _find_product(self, rows: Rows) -> tuple[_Product | None, int]:
+        """What multiplies a few tokens by the weight, None where it is unpacked, and how many tokens at most."""
+        if self.conv1d or self.transposed:
+            return None, 0
+        on_gpu = gpu.is_gpu(self.values.device)
+        product = partial(gpu.multiply, rows, self._form) if on_gpu else decode.find_product(rows)
+        if product is not None and self.wraps is not None:
+            product = partial(_multiply_between, self.wraps, product)
+        return product, gpu.BATCH if on_gpu else decode.TOKENS
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return (self.values if self.scales is None else self.scales).dtype
+
     def _apply(self, *args: Any, **options: Any) -> PackedLinear:
         self._rows = self._form = None  # they are on the old device, in the old dtype
+        self._few = None, 0
         return super()._apply(*args, **options)
+
+
+def _multiply_between(wraps: Wraps, product: _Product, x: Tensor) -> Tensor | None:
+    """Products with a core between its wraps."""
+    y = product(wraps.before(x))
+    return None if y is None else wraps.after(y.to(x.dtype))

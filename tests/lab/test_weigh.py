@@ -80,7 +80,7 @@ def test_a_layer_for_tensor_cores_holds_no_value_twice_that_it_need_not(monkeypa
     W = torch.randn(32, 64).bfloat16()
     W = W.where(parse("block16").bind((32, 64)).project(W.float().abs()), 0)
     layer = PackedLinear.of(Entry(pack(W, "block16"), {ALONE: "up"}), ALONE)
-    on_cpu = count_memory(layer)
+    on_cpu = count_memory(layer) - layer.rows.runs.nbytes  # which only products of few tokens read
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     layer.to("cpu")  # which has it laid out again
     assert isinstance(layer.laid_out[1], Fragments)

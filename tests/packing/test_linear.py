@@ -189,7 +189,8 @@ def test_what_runs_is_told(monkeypatch):
     W = prune("2:4", torch.bfloat16)
     found = decode.find_kernel()
     if not isinstance(found, str):
-        assert f"up to 8 tokens by a kernel with {found.level} on 8 of each 16 weights, more unpacked" in repr(make(W, "2:4"))
+        kernel = f"up to 8 tokens by a kernel with {found.level}"
+        assert f"{kernel} on 8 of each 16 weights, more unpacked" in repr(make(W, "2:4"))
         assert "on single weights" in repr(make(prune("25%", torch.bfloat16), "25%"))
         assert "on runs of 16" in repr(make(prune("block16", torch.bfloat16), "block16"))
     columns = prune("50% columns", W.dtype)
@@ -219,5 +220,17 @@ def test_a_copy_and_another_dtype_run_as_well():
     W = prune("2:4", torch.bfloat16)
     layer = make(W, "2:4")
     x = torch.randn(1, 9, K)
-    assert torch.equal(copy.deepcopy(layer)(x.bfloat16()), layer(x.bfloat16()))
+    few = x[:, :1]
+    for tokens in (x, few):
+        assert torch.equal(copy.deepcopy(layer)(tokens.bfloat16()), layer(tokens.bfloat16()))
     assert torch.equal(layer.float()(x), linear(x, W.float()))
+    assert torch.allclose(layer(few), linear(few, W.float()), atol=1e-4)
+
+
+def test_a_copy_holds_its_own_weight():
+    layer = make(prune("2:4", torch.float32), "2:4")
+    x = torch.randn(1, K)
+    before = layer(x)
+    other = copy.deepcopy(layer)
+    other.values.zero_()
+    assert torch.equal(layer(x), before) and not other(x).any()

@@ -21,7 +21,7 @@ from s3lab.models.prune.shrink import shrink
 from s3lab.models.storage.checkpoint import save_pruned
 from s3lab.models.storage.packed import pack_model
 from s3lab.models.structure.decoder import find_matrices
-from s3lab.models.text.pretrained import load_model
+from s3lab.models.text.pretrained import load_model, to_fast_dtype
 from s3lab.models.text.reference import perplexity
 from s3lab.packing.codec import ALONE, pack
 from s3lab.packing.file import Entry, find_files, read_packed, read_tensors
@@ -43,7 +43,7 @@ class Weighing:
     """What all rows share: a dense model, which stays as it is, its tokenizer, sequences, a solver, and the clock's.
 
     Models are timed on the first ``prompt`` tokens of the test sequences, and on ``tokens`` that they write after it,
-    ``repeats`` times in turns with the dense one.
+    ``repeats`` times in turns with the dense one, in their own dtype; the rest goes by `to_fast_dtype`.
     """
 
     dense: PreTrainedModel
@@ -81,8 +81,9 @@ class Weighing:
                         yield row | self._measure(folder, weights)
 
     def _prune(self, pattern: str, out: Path, moments: Path) -> dict[str, Any]:
-        """Save the pruned model, and return its density and perplexity."""
+        """Save the pruned model in the dtype of the dense one, and return its density and perplexity."""
         model = deepcopy(self.dense)
+        stored = to_fast_dtype(model, model.device)
         run = prune_model(
             model,
             None,
@@ -95,23 +96,30 @@ class Weighing:
             seed=self.seed,
             progress=False,
         )
+        nn.Module.to(model, stored)
         save_pruned(model, self.tokenizer, out, run, shrink(model) if " keep " in pattern else None)
-        return {"density": run.density, "unpacked_perplexity": perplexity(model, self.test)}
+        return {"density": run.density, "unpacked_perplexity": self._perplexity(model)}
 
     def _measure(self, folder: Path, weights: int) -> dict[str, Any]:
         model, _ = load_model(folder, device=self.dense.device)
         found = weigh_folder(folder, find_layers(model))
         ids = self.test[:1, : self.prompt].to(self.dense.device)
         own, dense = time_models([model, self.dense], ids, self.tokens, self.repeats)
+        memory = count_memory(model)  # after they ran: packed layers are laid out by then
         return {
             **found,
             "bytes_per_weight": found["matrix_bytes"] / weights,
-            "memory_bytes": count_memory(model),  # after they ran: packed layers are laid out by then
-            "perplexity": perplexity(model, self.test),
+            "memory_bytes": memory,
+            "perplexity": self._perplexity(model),
             **own,
             **{f"{step}_tokens_per_s": 1e3 / own[f"{step}_ms"] for step in _STEPS},
             **{f"{step}_faster": dense[f"{step}_ms"] / own[f"{step}_ms"] for step in _STEPS},
         }
+
+    def _perplexity(self, model: PreTrainedModel) -> float:
+        """The perplexity of the stored weights, by products in the dtype that this device is fast in."""
+        to_fast_dtype(model, self.dense.device)
+        return perplexity(model, self.test)
 
 
 def find_layers(model: PreTrainedModel) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,8 +30,9 @@ class PackedLinear(nn.Module):
     The buffers are those of a file, so that the state of a model is what is stored: ``values``, ``scales`` if they are
     rounded, ``index``, and ``left`` and ``right`` around a core: then W = A S B, and S is what is packed.  In a
     coupling the first matrix has the index, and the others have its layer as ``leader``. The weight is laid out to run
-    (`rows.Rows`) when it is first needed, and unpacked for each product by tiles of rows, just as it was.  Buffers may
-    come later, as on the meta device.
+    (`rows.Rows`) when it is first needed, and unpacked for each product by tiles of rows, just as it was.  ``values``
+    that are not rounded are then in the order of rows, so that nothing is held twice; ``state_dict`` has them in that
+    of a file again.  Buffers may come later, as on the meta device.
 
     >>> from s3lab.packing.codec import pack
     >>> W = torch.tensor([[1.0, 0, 2, 0], [0, 0, 3, 4]])
@@ -69,6 +71,7 @@ class PackedLinear(nn.Module):
         self._rows: Rows | None = None
         self._form: gpu.Form | None = None
         self._few: tuple[_Product | None, int] = None, 0  # what multiplies few tokens, and how many at most
+        self._reordered = False  # `values` are in the order of rows, not in that of a file
         for name in BUFFERS:
             self.register_buffer(name, buffers.get(name))
 
@@ -84,23 +87,39 @@ class PackedLinear(nn.Module):
         return cls(entry.describe(), key, found, bias, leader=leader)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the values stand for."""
+        return (self.values if self.scales is None else self.scales).dtype
+
+    @property
     def stored(self) -> Values:
         """The values as they are stored."""
-        kind, count, group = self.told["values"], int(self.told["kept"][self.key]), int(self.told["group"])
-        return Values(kind, self._dtype, count, self.values, self.scales, group)
+        values = self.values
+        if self._reordered:
+            assert self._rows is not None
+            values = self._pack().places[self.key].gather(self._rows.unpack(0, self._rows.shape[0]).cpu()).to(values)
+        count, group = int(self.told["kept"][self.key]), int(self.told["group"])
+        return Values(self.told["values"], self.dtype, count, values, self.scales, group)
 
     @property
     def rows(self) -> Rows:
         """The weight laid out to run; DataError where the bytes are of no such weight."""
         if self._rows is None:
-            index = (self._leader[0] if self._leader else self).index
-            assert index is not None
-            shapes = {key: (shape[0], shape[1]) for key, shape in self.told["shapes"].items()}
-            packed = Packed(parse(self.told["spec"]), shapes, {self.key: self.stored}, index.cpu())
-            self._rows = Rows.of(packed.places[self.key], self.stored)
-            self._form = gpu.find_form(packed) if gpu.is_gpu(self.values.device) else None
-            self._few = self._find_product(self._rows)
+            stored, packed = self.stored, self._pack()
+            rows = Rows.of(packed.places[self.key], stored)
+            if gpu.is_gpu(self.values.device):
+                self._form = gpu.find_form(replace(packed, values={self.key: stored}))
+            self._few, self._rows = self._find_product(rows), rows
+            if rows.values is not stored and stored.kind == "same":
+                self.values, self._reordered = rows.values.data, True
         return self._rows
+
+    def _pack(self) -> Packed:
+        """The index with its pattern, without values."""
+        index = (self._leader[0] if self._leader else self).index
+        assert index is not None
+        shapes = {key: (shape[0], shape[1]) for key, shape in self.told["shapes"].items()}
+        return Packed(parse(self.told["spec"]), shapes, {}, index.cpu())
 
     @property
     def wraps(self) -> Wraps | None:
@@ -166,7 +185,7 @@ class PackedLinear(nn.Module):
         product, most = self._few
         tokens = x.numel() // self.in_features
         alone = x.ndim < 3 or x.shape[-2] == 1
-        if product is None or not (0 < tokens <= most and alone) or x.dtype != self._dtype:
+        if product is None or not (0 < tokens <= most and alone) or x.dtype != self.dtype:
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
@@ -185,13 +204,23 @@ class PackedLinear(nn.Module):
             product = partial(_multiply_between, self.wraps, product)
         return product, gpu.BATCH if on_gpu else decode.TOKENS
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return (self.values if self.scales is None else self.scales).dtype
+    def _forget(self) -> None:
+        """Take the buffers as a file has them."""
+        if self._reordered:
+            self.values = self.stored.data
+        self._rows = self._form = None
+        self._few, self._reordered = (None, 0), False
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}values"] = self.stored.data
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **options)
 
     def _apply(self, *args: Any, **options: Any) -> PackedLinear:
-        self._rows = self._form = None  # they are on the old device, in the old dtype
-        self._few = None, 0
+        self._forget()  # what is laid out is on the old device, in the old dtype
         return super()._apply(*args, **options)
 
 

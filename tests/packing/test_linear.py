@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import linear, pad
 
 import s3lab as s3
+from s3lab.lab.study.weigh import count_memory
 from s3lab.packing import decode
 from s3lab.packing.bits import pack_bits
 from s3lab.packing.codec import ALONE, pack
@@ -225,6 +226,38 @@ def test_a_copy_and_another_dtype_run_as_well():
         assert torch.equal(copy.deepcopy(layer)(tokens.bfloat16()), layer(tokens.bfloat16()))
     assert torch.equal(layer.float()(x), linear(x, W.float()))
     assert torch.allclose(layer(few), linear(few, W.float()), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_a_layer_has_run_is_saved_as_it_was_loaded(text, dtype):
+    W = prune(text, dtype)
+    layer = make(W, text)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer(torch.randn(1, K).to(dtype))
+    after = layer.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    wide = layer.double().state_dict()["values"]
+    assert torch.equal(wide, before["values"].double()) and torch.equal(layer.weight, W.double())
+
+
+@pytest.mark.parametrize("text", ["2:4", "block16"])
+def test_a_layer_that_has_run_takes_other_weights(text):
+    layer, W = make(prune(text, torch.float32), text), prune(text, torch.float32, seed=1)
+    x = torch.randn(1, K)
+    layer(x)
+    layer.load_state_dict(make(W, text).state_dict(), assign=True)
+    assert torch.allclose(layer(x), linear(x, W), atol=1e-4) and torch.equal(layer.weight, W)
+
+
+@pytest.mark.parametrize("text", ["2:4", "block16", "50% columns", "coupled-2:4"])
+def test_values_are_held_once(text):
+    layer = make(prune(text, torch.float32), text)
+    layer(torch.randn(1, K))
+    rows = layer.rows
+    product = rows.runs if rows.runs is not None else rows.bits
+    apart = len(layer.index) + rows.bits.nbytes + product.nbytes * (product is not rows.bits)
+    assert count_memory(layer) <= layer.values.nbytes + apart + 3 * 8 * (M + K + 1)
 
 
 def test_a_copy_holds_its_own_weight():

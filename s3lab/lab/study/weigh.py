@@ -154,9 +154,8 @@ def count_memory(model: nn.Module) -> int:
     >>> count_memory(nn.Linear(4, 4, bias=False))
     64
     """
-    held = [*model.parameters(), *model.buffers()]
     packed = [module.laid_out for module in model.modules() if isinstance(module, PackedLinear)]
-    held += _find_tensors(packed)
+    held = [*model.parameters(), *model.buffers(), *_find_tensors(packed)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
 

@@ -143,7 +143,7 @@ def describe(model: PreTrainedModel) -> Header:
             old = module.told["names"]
             told = entries.setdefault(next(iter(old.values())), {**module.told, "names": dict(old), "transposed": []})
             told["names"][module.key] = name
-            told["dtype"] = str(module.stored.dtype).removeprefix("torch.")
+            told["dtype"] = str(module.dtype).removeprefix("torch.")
             told["transposed"] += [name] if module.transposed else []
     tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
     return seal(entries.values(), revert_weight_conversion(model, tensors))

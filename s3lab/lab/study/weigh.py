@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -15,7 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+import s3lab
 from s3lab.algebra.patterns import parse
+from s3lab.errors import SpecError
+from s3lab.lab.run.fresh import hash_source
+from s3lab.lab.study.recall import recall
 from s3lab.models.prune.sequential import prune_model
 from s3lab.models.prune.shrink import shrink
 from s3lab.models.storage.checkpoint import save_pruned
@@ -44,6 +50,7 @@ class Weighing:
 
     Models are timed on the first ``prompt`` tokens of the test sequences, and on ``tokens`` that they write after it,
     ``repeats`` times in turns with the dense one, in their own dtype; the rest goes by `to_fast_dtype`.
+    What is finished is kept in ``folder``, if there is one, so that a run that was stopped goes on.
     """
 
     dense: PreTrainedModel
@@ -56,6 +63,7 @@ class Weighing:
     prompt: int = 128
     tokens: int = 8
     repeats: int = 3
+    folder: str | Path | None = None
 
     def rows(self, models: Mapping[str, Sequence[Kind]]) -> Iterator[dict[str, Any]]:
         """Yield a row for each pattern and each way to store its values, of the model saved, packed and loaded again.
@@ -66,19 +74,47 @@ class Weighing:
         was packed, ``decode_tokens_per_s`` and ``prefill_tokens_per_s``, and ``decode_faster`` and ``prefill_faster``,
         how many times those of the dense model they are.  Raises what `prune_model` and `pack_model` do.
         """
-        weights = sum(matrix.weight.numel() for matrix in find_layers(self.dense).values())
+        for pattern in models:
+            self._check(pattern)
         with TemporaryDirectory() as home:
+            folder = home if self.folder is None else self.folder
             for pattern, kinds in models.items():
-                with TemporaryDirectory(dir=home) as own:  # no more than one pattern's models are on disk
-                    pruned = Path(own) / "pruned"
-                    facts = self._prune(pattern, pruned, Path(home) / "moments")
-                    for kind in kinds:
-                        folder = pruned
-                        if pattern != DENSE or kind != "same":
-                            folder = Path(own) / f"packed-{kind}"
-                            pack_model(pruned, folder, values=kind)
-                        row = {"pattern": pattern, "values": kind, "solver": self.solver, **facts}
-                        yield row | self._measure(folder, weights)
+                key = {**self._key, "pattern": pattern, "kinds": list(kinds)}
+                yield from recall(folder, key, lambda p=pattern, k=kinds: list(self._weigh(p, k, Path(folder))))
+
+    def _check(self, pattern: str) -> None:
+        """Raise what a pattern raises on a matrix that it does not divide, before any work is done."""
+        if pattern == DENSE or " keep " in pattern or (spec := parse(pattern)).names:
+            return
+        for name, layer in find_layers(self.dense).items():
+            try:
+                spec.bind((layer.weight.shape[0], layer.weight.shape[1]))
+            except SpecError as error:
+                raise SpecError(f"{name}: {error}") from error
+
+    @cached_property
+    def _key(self) -> dict[str, Any]:
+        told = sha256()
+        for tensor in (self.calibration, self.test, *self.dense.parameters()):
+            told.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        home = Path(s3lab.__file__).parent
+        source = [hash_source(home / floor) for floor in ("algebra", "tensors", "solvers", "packing")]
+        plain = {key: value for key, value in vars(self).items() if isinstance(value, str | float | int)}
+        plain.pop("folder", None)
+        return {**plain, "data": told.hexdigest(), "device": str(self.dense.device), "source": source}
+
+    def _weigh(self, pattern: str, kinds: Sequence[Kind], folder: Path) -> Iterator[dict[str, Any]]:
+        weights = sum(matrix.weight.numel() for matrix in find_layers(self.dense).values())
+        with TemporaryDirectory() as own:
+            pruned = Path(own) / "pruned"
+            facts = self._prune(pattern, pruned, folder / f"moments-{self._key['data'][:12]}")
+            for kind in kinds:
+                packed = pruned
+                if pattern != DENSE or kind != "same":
+                    packed = Path(own) / f"packed-{kind}"
+                    pack_model(pruned, packed, values=kind)
+                row = {"pattern": pattern, "values": kind, "solver": self.solver, **facts}
+                yield row | self._measure(packed, weights)
 
     def _prune(self, pattern: str, out: Path, moments: Path) -> dict[str, Any]:
         """Save the pruned model in the dtype of the dense one, and return its density and perplexity."""

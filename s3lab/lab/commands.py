@@ -32,7 +32,7 @@ def prune(options: argparse.Namespace) -> int:
     from s3lab.models.prune.sequential import prune_model
     from s3lab.models.search.allocate import allocate
     from s3lab.models.storage.checkpoint import save_pruned
-    from s3lab.models.text.pretrained import load_model, to_fast_dtype
+    from s3lab.models.text.pretrained import load_model, to_dtype, to_fast_dtype
     from s3lab.solvers import Wrap, make_solver
     from s3lab.tensors.processes import assemble
 
@@ -90,7 +90,7 @@ def prune(options: argparse.Namespace) -> int:
         )
         if processes.rank > 0:
             return 0
-        torch.nn.Module.to(model, stored)
+        to_dtype(model, stored)
         save_pruned(model, tokenizer, options.out, run, budget=found)
     errors = [row["error"] for row in run.matrices if row["error"] is not None]
     error = f"{sum(errors) / len(errors):.2%}" if errors else "none"

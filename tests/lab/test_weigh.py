@@ -1,6 +1,7 @@
 """What packed models weigh: bytes by hand, nothing twice, and no perplexity lost on the way."""
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from s3lab.algebra.patterns import parse
+from s3lab.errors import SpecError
 from s3lab.lab.study.weigh import Weighing, _find_tensors, count_memory, find_layers, time_layers, time_models
 from s3lab.models.text.pretrained import load_model
 from s3lab.models.text.pretraining import RECIPES, build
@@ -57,6 +59,31 @@ def test_a_packed_model_has_the_perplexity_of_the_pruned_one(weighed):
     for (_, values), row in rows.items():
         assert (row["perplexity"] == row["unpacked_perplexity"]) is (values == "same")
         assert row["perplexity"] == pytest.approx(row["unpacked_perplexity"], rel=0.1)
+
+
+def test_a_weighing_that_was_stopped_makes_only_what_is_missing(tmp_path, monkeypatch):
+    ids = torch.randint(0, 512, (10, 32), generator=torch.Generator().manual_seed(0))
+    told = (build(RECIPES["toy"]).eval(), load_model("reference")[1], ids, ids[:2], "magnitude")
+    ground = Weighing(*told, prompt=8, tokens=2, repeats=1, folder=tmp_path)
+    pruned, prune = [], Weighing._prune
+    monkeypatch.setattr(Weighing, "_prune", lambda self, p, *rest: pruned.append(p) or prune(self, p, *rest))
+    first = next(iter(ground.rows({"2:4": ["same"], "8:16": ["same"]})))
+    both = list(ground.rows({"2:4": ["same"], "8:16": ["same"]}))
+    assert both[0] == first and pruned == ["2:4", "8:16"]
+    assert [row["pattern"] for row in both] == pruned
+    list(replace(ground, seed=1).rows({"2:4": ["same"]}))
+    with torch.no_grad():
+        next(ground.dense.parameters()).mul_(2)
+    list(replace(ground).rows({"2:4": ["same"]}))
+    assert pruned == ["2:4", "8:16", "2:4", "2:4"]
+
+
+def test_a_pattern_that_does_not_fit_is_told_before_any_is_pruned(tmp_path):
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    ground = Weighing(build(RECIPES["toy"]).eval(), load_model("reference")[1], ids, ids, folder=tmp_path)
+    with pytest.raises(SpecError, match=r"^model\.layers\.0\..*5:7"):
+        list(ground.rows({"2:4": ["same"], "5:7": ["same"]}))
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_storage_is_held_once():

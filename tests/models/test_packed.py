@@ -13,7 +13,7 @@ from s3lab.lab import cli
 from s3lab.models.prune.shrink import shrink
 from s3lab.models.storage.checkpoint import save_pruned
 from s3lab.models.storage.packed import pack_model, unpack_model
-from s3lab.models.text.pretrained import load_model
+from s3lab.models.text.pretrained import load_model, to_dtype
 from s3lab.packing.file import find_files, read_packed, read_tensors
 from s3lab.packing.linear import PackedLinear
 from s3lab.packing.weigh import weigh
@@ -216,3 +216,18 @@ def test_a_damaged_file_is_no_model(make_tiny, ids, tmp_path):
     load_model("reference")[1].save_pretrained(tmp_path / "damaged")
     with pytest.raises(s3.DataError, match="not as it was written"):
         load_model(tmp_path / "damaged")
+
+
+def test_a_model_there_and_back_in_another_dtype_is_the_same_packed_or_not(tmp_path):
+    model, tokenizer = load_model("tiny")
+    ids = torch.arange(64)[None] * 7 % 512
+    run = s3.prune_model(model, tokenizer, "2:4", "magnitude", sequences=2, length=32, progress=False)
+    save_pruned(model, tokenizer, tmp_path / "pruned", run)
+    pack_model(tmp_path / "pruned", tmp_path / "packed")
+    for own in (model, load_model(tmp_path / "packed")[0]):
+        with torch.inference_mode():
+            before = own(ids).logits
+            to_dtype(own, torch.float32)
+            assert own.dtype == torch.float32 and own(ids).logits.dtype == torch.float32
+            to_dtype(own, torch.bfloat16)
+            assert torch.equal(own(ids).logits, before)

@@ -19,7 +19,7 @@ from s3lab.models.recover.tune import tune_model
 from s3lab.models.recover.tuning import Tuning
 from s3lab.models.storage.checkpoint import read_record, save_pruned
 from s3lab.models.text import corpus
-from s3lab.models.text.pretrained import load_model, to_fast_dtype
+from s3lab.models.text.pretrained import load_model, to_dtype, to_fast_dtype
 from s3lab.tensors.meter import Meter
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Recovery:
             model, tokenizer = deepcopy(self.dense[0]), self.dense[1]
             options = {"calibration": text, "sequences": self.sequences, "length": self.length, "seed": self.seed}
             run = prune_model(model, tokenizer, told["pattern"], told["solver"], progress=False, **options)
-            torch.nn.Module.to(model, model.config.dtype)  # as it was stored
+            to_dtype(model, model.config.dtype)  # as it was stored
             folder.mkdir(parents=True, exist_ok=True)
             save_pruned(model, tokenizer, folder, run)
         model, tokenizer = load_model(folder)

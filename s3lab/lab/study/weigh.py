@@ -27,7 +27,7 @@ from s3lab.models.prune.shrink import shrink
 from s3lab.models.storage.checkpoint import save_pruned
 from s3lab.models.storage.packed import pack_model
 from s3lab.models.structure.decoder import find_matrices
-from s3lab.models.text.pretrained import load_model, to_fast_dtype
+from s3lab.models.text.pretrained import load_model, to_dtype, to_fast_dtype
 from s3lab.models.text.reference import perplexity
 from s3lab.packing.codec import ALONE, pack
 from s3lab.packing.file import Entry, find_files, read_packed, read_tensors
@@ -107,7 +107,7 @@ class Weighing:
         weights = sum(matrix.weight.numel() for matrix in find_layers(self.dense).values())
         with TemporaryDirectory() as own:
             pruned = Path(own) / "pruned"
-            facts = self._prune(pattern, pruned, folder / f"moments-{self._key['data'][:12]}")
+            facts = self._prune(pattern, pruned, folder / f"moments-{self._key['data'][:12]}-{self.seed}")
             for kind in kinds:
                 packed = pruned
                 if pattern != DENSE or kind != "same":
@@ -132,7 +132,7 @@ class Weighing:
             seed=self.seed,
             progress=False,
         )
-        nn.Module.to(model, stored)
+        to_dtype(model, stored)
         save_pruned(model, self.tokenizer, out, run, shrink(model) if " keep " in pattern else None)
         return {"density": run.density, "unpacked_perplexity": self._perplexity(model)}
 

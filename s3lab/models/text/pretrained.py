@@ -70,8 +70,29 @@ def to_fast_dtype(model: PreTrainedModel, device: str | torch.device = "cpu") ->
     """
     stored = model.dtype
     if (dtype := fast_dtype(stored, device)) != stored:
-        torch.nn.Module.to(model, dtype)
+        to_dtype(model, dtype)
     return stored
+
+
+def to_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Turn the weights of a model to another dtype, packed ones too.
+
+    Buffers that no file holds stay as they are: rotary frequencies rounded once would be wrong for ever.
+
+    >>> model, _ = load_model("reference")
+    >>> to_dtype(model, torch.float16)
+    >>> model.dtype, model.model.rotary_emb.inv_freq.dtype
+    (torch.float16, torch.float32)
+    """
+    computed = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    ]
+    torch.nn.Module.to(model, dtype)
+    for module, name, buffer in computed:
+        setattr(module, name, buffer)
 
 
 def _find(name: str | Path) -> tuple[str, dict[str, Any]]:

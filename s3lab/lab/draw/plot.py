@@ -100,13 +100,13 @@ def tradeoff(
     frontier: str = "frontier",
     xlabel: str | None = None,
     ylabel: str | None = None,
-    log: bool = True,
+    log: str = "x",
     width: float = PAGE,
     columns: int = 3,
 ) -> Figure:
     """Draw column ``y`` against the cost ``x``, a mark per row, those of the ``frontier`` joined.
 
-    ``log`` has the cost on a logarithmic axis.  ``frontier`` names a column of bools.  ``hue`` tells rows apart,
+    ``log`` names the logarithmic axes.  ``frontier`` names a column of bools.  ``hue`` tells rows apart,
     ``panel`` gives each of its values axes of their own.  Raises DataError if the table lacks a column.
     """
     _expect(df, x, y, hue, panel, frontier)
@@ -124,8 +124,8 @@ def tradeoff(
                     rows[x], rows[y], 22, color=filled, edgecolor=COLOURS[i % 8], marker=MARKERS[i % 8], label=name
                 )
             ax.set(title="" if title is None else str(title), xlabel=xlabel or _words(x), ylabel=ylabel or _words(y))
-            if log:
-                scale_by_logarithm(ax, "x")
+            for axis in log:
+                scale_by_logarithm(ax, axis)
             ax.grid(True)
         _legend(fig, axes, hue)
         for ax in axes:

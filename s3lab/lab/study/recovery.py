@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import s3lab
 from s3lab.lab.run.fresh import hash_source
 from s3lab.lab.study.recall import recall

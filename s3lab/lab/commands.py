@@ -24,7 +24,6 @@ def fetch(options: argparse.Namespace) -> int:
 def prune(options: argparse.Namespace) -> int:
     """Prune a model to specs, or to a budget, in another basis where that is asked for."""
     need("transformers", "tqdm")
-
     from s3lab.folder import claim
     from s3lab.models.basis.prepare import permute_and_tell, rotate_and_tell
     from s3lab.models.prune.jobs import check_texts

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import s3lab
 from s3lab.lab.run.fresh import hash_source
 from s3lab.lab.study.recall import recall
@@ -88,7 +90,9 @@ class Recovery:
             model, tokenizer = deepcopy(self.dense[0]), self.dense[1]
             options = {"calibration": text, "sequences": self.sequences, "length": self.length, "seed": self.seed}
             run = prune_model(model, tokenizer, told["pattern"], told["solver"], progress=False, **options)
-            to_dtype(model, model.config.dtype)  # as it was stored
+            stored = model.config.dtype
+            assert isinstance(stored, torch.dtype)
+            to_dtype(model, stored)
             folder.mkdir(parents=True, exist_ok=True)
             save_pruned(model, tokenizer, folder, run)
         model, tokenizer = load_model(folder)

@@ -99,3 +99,10 @@ def test_ratios_stand_on_a_logarithmic_axis_from_one_on():
     table = pd.DataFrame({"method": ["a", "b"], "text": ["one", "one"], "times": [1.5, 130.0]})
     (ax,) = plot.bars(table, "method", "times", "text", log=True).axes
     assert ax.get_yscale() == "log" and ax.get_ylim()[0] == 1 and ax.get_ylim()[1] > 130
+
+
+@pytest.mark.parametrize("log", ["", "x", "y", "xy"])
+def test_costs_and_what_they_buy_stand_on_the_axes_asked_for(log):
+    table = pd.DataFrame({"cost": [1.0, 9.0], "left": [900.0, 3.0], "model": ["a", "b"], "frontier": [True, True]})
+    (ax,) = plot.tradeoff(table, "cost", "left", "model", log=log).axes
+    assert {"x": ax.get_xscale(), "y": ax.get_yscale()} == {axis: "log" if axis in log else "linear" for axis in "xy"}

@@ -123,8 +123,12 @@ def try_read_only(tiny, out, whole):
     """Run as a user who may read a folder and not write there, with a run that was broken off in it."""
     fork(lambda: prune_counted(tiny, out, at=30))
     out.chmod(0o555)
-    nobody = (lambda: os.setuid(NOBODY)) if os.getuid() == 0 else lambda: None
-    return try_refused(tiny, out, whole, nobody, lambda: out.chmod(0o755))
+
+    def become_nobody():
+        prune(tiny, out.with_name("before"))  # imports all that it takes: nobody may not even read the checkout
+        os.setuid(NOBODY)
+
+    return try_refused(tiny, out, whole, become_nobody if os.getuid() == 0 else lambda: None, lambda: out.chmod(0o755))
 
 
 def try_held(tiny, out, whole):
